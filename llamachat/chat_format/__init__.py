@@ -1,6 +1,6 @@
-"""Conversations and token ids: stages use the protocol `ChatFormat` and load one by its name in the recipe.
+"""Conversion between conversations and token ids. Stages use the protocol `ChatFormat`; the recipe names the format.
 
-A format's tags and template are in its own module and nowhere else.
+The tags and template of a format appear only in its own module.
 """
 
 from llamachat.chat_format.format import ChatFormat, TokenizedExample, TrainOn
@@ -14,7 +14,7 @@ CHAT_FORMATS = {"llama2": Llama2Format}
 
 
 def load_chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
-    """The chat format that `base.chat_format` names."""
+    """Create the chat format that `base.chat_format` names."""
     if name not in CHAT_FORMATS:
         known = ", ".join(CHAT_FORMATS)
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""A conversation, and the rules that every conversation keeps before it may become tokens.
+"""A conversation, and the rules that it must satisfy before it is tokenized.
 
-The rules are those of Meta's reference chat code (facebookresearch/llama, llama/generation.py): an optional system
-text, then user and assistant in turn, user first. `train` is ours: an answer with `train: false` is context, not a
-target. An empty system text is legal and differs in tokens from no system text, as in the reference code.
+The rules are those of Meta's reference chat code (facebookresearch/llama, llama/generation.py): optional system text,
+then alternating user and assistant turns, starting with the user. `train` is ours: an answer with `train: false` is
+context, not a target. As in the reference code, an empty system text is valid and tokenized differently from none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 EndsWith = Literal["user", "assistant", "either"]
 
-# What other tools call the three roles; the error names the word to write instead.
+# Names of the three roles in other tools; the error message suggests ours.
 ROLE_ALIASES: dict[str, Role] = {
     "human": "user",
     "prompter": "user",
@@ -27,7 +27,7 @@ ROLE_ALIASES: dict[str, Role] = {
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `train: False` keeps an answer out of the loss; None and True leave it to the stage."""
+    """One turn. `train: False` excludes an answer from the loss; None and True leave the choice to the stage."""
 
     role: Role
     content: str
@@ -36,16 +36,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Dialog:
-    """A conversation, and whether its last answer is safe where somebody labelled it."""
+    """A conversation, with a safety label of its last answer if it has one."""
 
     messages: tuple[Message, ...]
     is_safe: bool | None = None
 
 
 class DialogError(ValueError):
-    """A record breaks a rule: which field, what is wrong and why that matters, and how to fix it.
+    """A record violates a rule: the field, what is wrong and why it matters, and how to fix it.
 
-    The reader of a file puts `file:line` before it.
+    The file reader prefixes `file:line`.
     """
 
     def __init__(self, field: str, reason: str, fix: str) -> None:
@@ -55,24 +55,24 @@ class DialogError(ValueError):
         self.fix = fix
 
     def __reduce__(self) -> tuple[type["DialogError"], tuple[str, str, str]]:
-        # Exceptions are pickled by their args; ours has three, its text one. Worker processes return it pickled.
+        # Exceptions are pickled by `args`, here one text instead of three arguments; worker processes pickle this one.
         return type(self), (self.field, self.reason, self.fix)
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
-    """The messages with this system text in front, where there is one and they bring none of their own."""
+    """Prepend the system text, if there is one and the messages have none."""
     if system is None or messages[0].role == "system":
         return tuple(messages)
     return (Message("system", system), *messages)
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Role and content of each message, as chat templates and JSON files take them."""
+    """Role and content of each message, as used by chat templates and JSON files."""
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def parse_messages(value: object, *, field: str = "messages") -> tuple[Message, ...]:
-    """Messages from decoded JSON, their types and roles checked; `check_messages` checks their order."""
+    """Parse messages from decoded JSON and check their types and roles; `check_messages` checks their order."""
     if not isinstance(value, list):
         raise DialogError(
             field,
@@ -83,7 +83,7 @@ def parse_messages(value: object, *, field: str = "messages") -> tuple[Message, 
 
 
 def check_messages(messages: Sequence[Message], *, ends_with: EndsWith, field: str = "messages") -> None:
-    """Raise `DialogError` for the first rule that the conversation breaks."""
+    """Raise `DialogError` for the first rule that the conversation violates."""
     if not messages:
         raise DialogError(field, "is empty, but a conversation needs at least one user turn.", "Drop the record.")
     first_turn = 1 if messages[0].role == "system" else 0
@@ -101,7 +101,7 @@ def check_messages(messages: Sequence[Message], *, ends_with: EndsWith, field: s
 
 
 def check_texts(messages: Sequence[Message], forbidden: Sequence[str], *, field: str = "messages") -> None:
-    """Raise `DialogError` for the first message that holds a tag of the chat format (`ChatFormat.forbidden`)."""
+    """Raise `DialogError` for the first message that contains a tag of the chat format (`ChatFormat.forbidden`)."""
     for index, message in enumerate(messages):
         for tag in forbidden:
             position = message.content.find(tag)
@@ -115,7 +115,7 @@ def check_texts(messages: Sequence[Message], forbidden: Sequence[str], *, field:
 
 
 def parse_message(item: object, field: str) -> Message:
-    """One message from decoded JSON, its types and its role checked."""
+    """Parse one message from decoded JSON and check its types and role."""
     if not isinstance(item, (dict, Mapping)):
         raise DialogError(
             field, f"is {kind_word(item)}, but a message is an object.", 'Write {"role": ..., "content": ...}.'
@@ -146,7 +146,7 @@ def parse_message(item: object, field: str) -> Message:
 
 
 def check_message(message: Message, field: str) -> None:
-    """Raise `DialogError` for text that is empty or cannot be encoded, and for `train` on a turn that is no answer."""
+    """Raise `DialogError` for empty or unencodable text, and for `train` on a turn that is not an answer."""
     if message.role != "system" and not message.content.strip():
         what = (
             "A model trained on it learns to say nothing"

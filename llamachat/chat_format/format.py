@@ -1,7 +1,7 @@
-"""What a chat format is: the one way from a conversation to token ids, loss mask and back.
+"""The chat format protocol: the only conversion of a conversation to token ids and loss mask, and back.
 
-A loss mask is made of token positions while encoding, never by searching strings, and the stop id of an answer is in
-it: a model that never learns to stop does not stop.
+The loss mask is built from token positions while encoding, never by searching strings. It includes the stop id of an
+answer: a model that is not trained on it does not learn to stop.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from llamachat.chat_format.tokenizer import Tokenizer
 
 
 class TrainOn(StrEnum):
-    """Which answers of a dialog are trained on; an answer marked `train: false` is trained on under neither."""
+    """Which answers of a dialog are trained on; neither value includes an answer marked `train: false`."""
 
     EVERY_ANSWER = "every_answer"
     LAST_ANSWER = "last_answer"
@@ -22,7 +22,7 @@ class TrainOn(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """A dialog as training sees it: `loss_mask[t]` is True where token t is a training target."""
+    """A tokenized dialog; `loss_mask[t]` is True where token t is a training target."""
 
     input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
@@ -32,7 +32,7 @@ class TokenizedExample:
 
 
 class ChatFormat(Protocol):
-    """Conversation <-> tokens. Methods that take messages raise `DialogError` where these break the rules."""
+    """Conversation <-> tokens. Methods that take messages raise `DialogError` if these violate the rules."""
 
     @property
     def name(self) -> str:
@@ -41,66 +41,66 @@ class ChatFormat(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer whose ids it gives."""
+        """The tokenizer that produces the ids."""
         ...
 
     @property
     def chat_template(self) -> str:
-        """The same format as a Jinja template with `{% generation %}` marks, for artifacts."""
+        """The format as a Jinja template with `{% generation %}` marks, for artifacts."""
         ...
 
     @property
     def plain_chat_template(self) -> str:
-        """The same without the marks, for servers whose Jinja does not know them."""
+        """The template without the marks, for servers whose Jinja does not support them."""
         ...
 
     @property
     def go_template(self) -> str:
-        """The same as a template of Go's text/template, as Ollama renders it, without the first BOS."""
+        """The format as a Go text/template for Ollama, without the first BOS."""
         ...
 
     @property
     def forbidden(self) -> tuple[str, ...]:
-        """Texts that may not stand inside a message, since the model would read them as the format's own."""
+        """Texts that a message must not contain, since the model would read them as part of the format."""
         ...
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer; they belong to it."""
+        """Ids that end an answer; they are part of it."""
         ...
 
     @property
     def closing_ids(self) -> tuple[int, ...]:
-        """What stands behind the text of each answer of a dialog, the last of them a stop id."""
+        """The ids after the text of each answer in a dialog, the last of them a stop id."""
         ...
 
     def check_text(self, messages: Sequence[Message], *, field: str = "messages") -> None:
-        """Raise `DialogError` for the first message that holds a forbidden text."""
+        """Raise `DialogError` for the first message that contains a forbidden text."""
         ...
 
     def encode_dialog(self, messages: Sequence[Message], *, train_on: TrainOn) -> TokenizedExample:
-        """All turns, the last one closed or open, and which tokens are targets."""
+        """Encode all turns, with the last one closed or open, and mark the targets."""
         ...
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The ids after which the model answers; the dialog ends with a user turn."""
+        """Encode a dialog that ends with a user turn, ready for the model's answer."""
         ...
 
     def decode_answer(self, ids: Sequence[int]) -> str:
-        """The text of a sampled answer up to its first stop id, stripped as `encode_dialog` would strip it."""
+        """The text of a sampled answer up to its first stop id, stripped as in `encode_dialog`."""
         ...
 
     def shorten(self, messages: Sequence[Message], *, max_tokens: int) -> tuple[Message, ...] | None:
-        """The dialog without its oldest whole pairs, so that it fits; None where its last turn alone does not."""
+        """Drop the oldest whole pairs until the dialog fits; None if its last turn alone does not fit."""
         ...
 
 
 def shorten_alike(
     chat_format: ChatFormat, dialogs: Sequence[Sequence[Message]], *, max_tokens: int
 ) -> list[tuple[Message, ...]] | None:
-    """Drop the same oldest pairs from dialogs that share all but their last answer, so that each fits.
+    """Drop the same oldest pairs from dialogs that differ only in their last answer, until each fits.
 
-    The answers are compared after one and the same prompt. None where the last pair of one of them alone does not fit.
+    All answers thus keep the same prompt. None if the last pair of any dialog alone does not fit.
     """
     kept = [chat_format.shorten(dialog, max_tokens=max_tokens) for dialog in dialogs]
     if any(dialog is None for dialog in kept):
@@ -113,10 +113,10 @@ def shorten_alike(
 def fit(
     chat_format: ChatFormat, messages: Sequence[Message], *, limit: int, max_new_tokens: int
 ) -> tuple[Message, ...] | None:
-    """The conversation without its oldest whole pairs, so that the answer has room; None where it cannot fit.
+    """Drop the oldest whole pairs until there is room for the answer; None if the conversation cannot fit.
 
-    The answer gets its `max_new_tokens`, at most half of `limit`; where the last question alone is longer than that
-    leaves, what is left.
+    The answer gets `max_new_tokens`, but at most half of `limit`. If the last question alone needs more than the rest,
+    the answer gets what remains.
     """
     for room in (limit - min(max_new_tokens, limit // 2), limit - 1):
         fitting = chat_format.shorten(messages, max_tokens=room)

@@ -1,9 +1,9 @@
-"""The Llama 2 chat format, id by id as Meta's reference code gives it (facebookresearch/llama, llama/generation.py).
+"""The Llama 2 chat format, with the exact ids of Meta's reference code (facebookresearch/llama, llama/generation.py).
 
-A closed pair of turns is ONE string `[INST] {user} [/INST] {answer} ` with its own BOS and EOS (a space stands before
-EOS); an open turn is `[INST] {user} [/INST]` with BOS. System text goes before the first user text, merged BEFORE the
-strip, so white space between the two is kept. The tags are plain text: no piece of the vocabulary is made for them.
-This is the only file that knows the tags.
+A closed pair of turns is ONE string `[INST] {user} [/INST] {answer} ` with its own BOS and EOS (note the space before
+EOS). An open turn is `[INST] {user} [/INST]` with BOS. System text is merged into the first user text BEFORE stripping,
+so white space between the two is kept. The tags are plain text, not special tokens.
+No other file knows the tags.
 """
 
 import re
@@ -18,8 +18,8 @@ B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 SPECIAL_TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>")
 
-# The space before an answer is inside the mark: it is part of the answer's first token, and outside of it that token
-# would be left out of the mask. `train` is our key for an answer that is not trained on.
+# The space before an answer is inside the mark: it is part of the answer's first token, which would otherwise be
+# missing from the mask. `train` is our key for an answer that is not trained on.
 CHAT_TEMPLATE = r"""
 {%- set first = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
 {%- if messages | length <= first -%}
@@ -51,12 +51,12 @@ CHAT_TEMPLATE = r"""
 {%- endfor -%}
 """.strip()
 
-# Without the marks, which are for training: few servers' Jinja knows them.
+# Without the training marks, which few servers' Jinja supports.
 PLAIN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
 
-# For Ollama, whose templates cannot strip: text that comes with white space around it keeps that. There is no BOS in
-# front of the first pair, since the server puts one there. An answer comes back from it with the space that our pieces
-# begin with, or from another client without.
+# For Ollama. Its templates cannot strip, so white space around a text is kept. The first pair has no BOS: the server
+# adds it. An answer in the history starts with our leading space if Ollama generated it, but not if another client sent
+# it.
 GO_TEMPLATE = r"""
 {{- $first := true }}
 {{- range .Messages }}
@@ -77,7 +77,7 @@ GO_TEMPLATE = r"""
 """.strip()
 
 
-# One pair of turns as tutorials write it, with or without the tokens around it.
+# One pair of turns as written in tutorials, with or without the surrounding tokens.
 _WRITTEN_PAIR = re.compile(
     r"\s*(?:<s>\s*)*\[INST\](?P<user>.*?)\[/INST\](?P<answer>.*?)(?:</s>|(?=<s>|\[INST\])|\Z)", re.DOTALL
 )
@@ -85,7 +85,7 @@ _WRITTEN_SYSTEM = re.compile(r"\s*<<SYS>>\n?(?P<system>.*?)\n?<</SYS>>", re.DOTA
 
 
 def messages_of_text(text: str) -> list[Message]:
-    """The messages of a text that holds conversations in this format and nothing else; else none."""
+    """Parse a text that consists of conversations in this format; an empty list for any other text."""
     messages: list[Message] = []
     position, end = 0, len(text.rstrip())
     while position < end:
@@ -103,7 +103,7 @@ def messages_of_text(text: str) -> list[Message]:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A user text with the system text merged in where it is the first, and its answer unless the turn is open."""
+    """A user text, with the system text merged in if it is the first, and its answer unless the turn is open."""
 
     user: str
     answer: Message | None
@@ -111,7 +111,7 @@ class _Pair:
 
 @dataclass(frozen=True, slots=True)
 class Llama2Format:
-    """`ChatFormat` of Llama 2-Chat."""
+    """The Llama 2-Chat `ChatFormat`."""
 
     tokenizer: Tokenizer
 
@@ -171,11 +171,11 @@ class Llama2Format:
         return self.tokenizer.decode(ids[:end]).strip()
 
     def shorten(self, messages: Sequence[Message], *, max_tokens: int) -> tuple[Message, ...] | None:
-        """The system text moves to the user turn that becomes the first; answers count like questions."""
+        """Drop the oldest pairs; the system text moves to the new first user turn."""
         self._checked_pairs(messages)
         system = tuple(messages[:1]) if messages[0].role == "system" else ()
         turns = tuple(messages[len(system) :])
-        # A pair's length does not depend on its neighbours, but the first one carries the system text.
+        # A pair's length does not depend on its neighbours, except that the first one contains the system text.
         lengths = [self._length(turns[start : start + 2]) for start in range(0, len(turns), 2)]
         for dropped in range(len(lengths)):
             kept = turns[2 * dropped :]
@@ -193,15 +193,15 @@ class Llama2Format:
         return sum(len(prompt) + len(answer) for prompt, answer in map(self._encode_pair, _pairs(messages)))
 
     def _encode_pair(self, pair: _Pair) -> tuple[list[int], list[int]]:
-        """Ids of the prompt with BOS, and the ids that the answer adds to them, its EOS included."""
+        """The ids of the prompt with BOS, and the ids that the answer appends, EOS included."""
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
         prompt = f"{B_INST} {pair.user.strip()} {E_INST}"
         prompt_ids = self.tokenizer.encode(prompt)
         if pair.answer is None:
             return [bos, *prompt_ids], []
         pair_ids = self.tokenizer.encode(f"{prompt} {pair.answer.content.strip()} ")
-        # The whole prompt with Llama's vocabulary, since no piece runs on from a letter into a space. The proof refuses a
-        # tokenizer where it is otherwise; one used all the same learns the answer from the first id that differs.
+        # With Llama's vocabulary this is the whole prompt, since no piece spans a letter and a space. The proof rejects
+        # tokenizers that differ; if one is used anyway, the answer is trained from the first id that differs.
         boundary = min(len(prompt_ids), len(pair_ids))
         if pair_ids[:boundary] != prompt_ids[:boundary]:
             boundary = next(index for index, token in enumerate(prompt_ids) if token != pair_ids[index])

@@ -1,11 +1,10 @@
-"""The proof that a tokenizer gives the ids of the chat format: a base's at load, an artifact's on its written files.
+"""The proof that a tokenizer gives the ids of the chat format: run on a base at load, on an artifact's written files.
 
-With a tokenizer that is nearly right the model trains and answers, a little worse, and no error says why. So it is
-compared on dialogs that hold what is known to go wrong (runs of spaces, code, other scripts, emoji, digits, text that
-spells control tokens, and every piece of its own vocabulary), and one difference is enough to refuse it.
-Their texts are in `proof.json` next to this file, with escapes, since half of the characters in question cannot be
-seen. Its digests were made with the `tokenizer.model` of Llama 2 and have to be made again when a text changes (a test
-compares them).
+A model trained with an almost correct tokenizer answers slightly worse, without any error. So the ids are compared on
+dialogs with known problem cases (runs of spaces, code, other scripts, emoji, digits, text that spells control tokens,
+every piece of the vocabulary), and a single difference rejects the tokenizer.
+The texts are in `proof.json` next to this file, escaped, since half of the characters are invisible. Its digests were
+computed with Llama 2's `tokenizer.model` and must be recomputed when a text changes (a test compares them).
 """
 
 import hashlib
@@ -26,7 +25,7 @@ _CASES = json.loads(Path(__file__).with_name("proof.json").read_text(encoding="u
 
 
 def _dialogs(texts: Sequence[str]) -> tuple[tuple[Message, ...], ...]:
-    """Every text once as a question and once as an answer, in dialogs of one to four pairs, some with system text."""
+    """Dialogs of one to four pairs, some with system text, with every text once as a question and once as an answer."""
     dialogs: list[tuple[Message, ...]] = []
     systems = _CASES["systems"]
     for index in range(len(texts)):
@@ -47,13 +46,13 @@ LLAMA2_DIGESTS: tuple[str, ...] = tuple(_CASES["llama2_digests"])
 
 @dataclass(frozen=True, slots=True)
 class ProofReport:
-    """How many cases of the proof (dialogs, texts made of the vocabulary) came out right; the first wrong one."""
+    """The number of cases (dialogs, texts from the vocabulary) that passed, and the first failure."""
 
     subject: str
     cases: int
     equal: int
     first_difference: str | None
-    has_own_ids: bool = False  # the format holds on it, with other ids than those of Llama 2
+    has_own_ids: bool = False  # the format is correct, but the ids differ from Llama 2's
 
     @property
     def is_proved(self) -> bool:
@@ -69,18 +68,18 @@ class ProofReport:
 def load_proved_format(
     path: Path, *, chat_format: str = "llama2", allow_unproved: bool = False
 ) -> tuple[ChatFormat, str | None]:
-    """The chat format on the tokenizer at `path`, proved; with a warning where it failed and the user allows that."""
+    """Load and prove the chat format of the tokenizer at `path`; a failure is a warning if the user allows it."""
     loaded = load_chat_format(chat_format, load_tokenizer(path))
     _check_rows(path / "config.json", loaded.tokenizer)
     return loaded, require_proof(prove_tokenizer(loaded, subject=str(path)), allow_unproved=allow_unproved)
 
 
 def _check_rows(config: Path, tokenizer: Tokenizer) -> None:
-    """Refuse a model whose embedding has no row for some of the tokenizer's pieces."""
+    """Reject a model whose embedding has fewer rows than the tokenizer has pieces."""
     try:
         rows = json.loads(config.read_text(encoding="utf-8"))["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # an adapter's folder has none; a broken file is reported when the model is loaded
+        return  # an adapter's folder has no config; loading the model reports a broken one
     if isinstance(rows, int) and rows < tokenizer.vocab_size:
         raise TokenizerError(
             f"{config}: vocab_size is {rows}, but the tokenizer in the same folder has {tokenizer.vocab_size} pieces. A text"
@@ -92,12 +91,12 @@ def _check_rows(config: Path, tokenizer: Tokenizer) -> None:
 def prove_tokenizer(
     chat_format: ChatFormat, *, subject: str, reference_digests: Sequence[str] = LLAMA2_DIGESTS
 ) -> ProofReport:
-    """Prove the tokenizer that a base brings, before anything is trained with it.
+    """Prove a base's tokenizer before anything is trained with it.
 
-    With a SentencePiece model its ids are the reference; what is proved is that text becomes no control token, that an
-    answer leaves its prompt's ids as they are, that decoding gives the text back, and that the tokenizer written into
-    artifacts gives equal ids. Without one, the ids must be those of Llama 2's own tokenizer (`ids_digest` of each), or
-    the report says that they are the tokenizer's own; `prove_written` then compares them with those of the artifact.
+    A SentencePiece model's ids are the reference. The proof checks that text never becomes a control token, an answer
+    leaves the ids of its prompt unchanged, decoding restores the text, and the tokenizer written to artifacts gives the
+    same ids. Without a SentencePiece model, the ids must equal those of Llama 2's tokenizer (`ids_digest` of each);
+    otherwise the report sets `has_own_ids`, and `prove_written` compares these ids with the artifact's.
     """
     dialogs = [*PLAIN_DIALOGS, *CONTROL_DIALOGS]
     is_llama2 = chat_format.tokenizer.control == LLAMA2_IDS
@@ -125,9 +124,9 @@ def prove_tokenizer(
 
 
 def prove_written(folder: Path, chat_format: ChatFormat) -> ProofReport:
-    """Prove what an artifact ships: its files, loaded again, against `chat_format` on dialogs without control words.
+    """Prove an artifact's tokenizer: reload its files and compare with `chat_format` on dialogs without control words.
 
-    Loaded both as others will (`AutoTokenizer` and the chat template) and as we do.
+    They are loaded both with `AutoTokenizer` and its chat template, as users will, and with our own loader.
     """
     from transformers import AutoTokenizer
 
@@ -150,10 +149,10 @@ def prove_written(folder: Path, chat_format: ChatFormat) -> ProofReport:
 
 
 def proof_prompts(chat_format: ChatFormat) -> list[tuple[Message, ...]]:
-    """The proof's dialogs up to their last question, and every piece of the vocabulary, for servers of other makers.
+    """The proof's dialogs up to the last question, and every vocabulary piece, for testing other servers.
 
-    Control words are left out: such servers take them for the tokens. Texts come stripped, since what counts as white
-    space differs among languages.
+    Control words are excluded, since such servers parse them as tokens. Texts are stripped, since languages differ in
+    what counts as white space.
     """
     vocabulary = [(Message("user", text),) for text in _vocabulary_texts(chat_format)]
     questions = [messages if messages[-1].role == "user" else messages[:-1] for messages in PLAIN_DIALOGS]
@@ -165,7 +164,7 @@ def proof_prompts(chat_format: ChatFormat) -> list[tuple[Message, ...]]:
 
 
 def require_proof(report: ProofReport, *, allow_unproved: bool = False) -> str | None:
-    """None where the proof holds; else a warning where the user allows it, or `TokenizerError`."""
+    """None if the proof passed, else a warning if the user allows it; otherwise raise `TokenizerError`."""
     if report.is_proved:
         return None
     if allow_unproved and report.has_own_ids:
@@ -184,12 +183,12 @@ def require_proof(report: ProofReport, *, allow_unproved: bool = False) -> str |
 
 
 def ids_digest(ids: Sequence[int]) -> str:
-    """Eight hex digits that stand for a sequence of ids in the committed proof."""
+    """Digest of a sequence of ids, eight hex digits, as stored in proof.json."""
     return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()[:8]
 
 
 def _format_difference(chat_format: ChatFormat, messages: Sequence[Message]) -> str | None:
-    """What the format promises of any tokenizer, whatever its ids are."""
+    """The first violation of what the format requires of any tokenizer, whatever its ids."""
     tokenizer = chat_format.tokenizer
     example = chat_format.encode_dialog(messages, train_on=TrainOn.EVERY_ANSWER)
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
@@ -203,7 +202,7 @@ def _format_difference(chat_format: ChatFormat, messages: Sequence[Message]) -> 
         closed = chat_format.encode_dialog(messages[: index + 1], train_on=TrainOn.LAST_ANSWER)
         if list(closed.input_ids[: len(prompt_ids)]) != prompt_ids:
             return f"a piece joins a prompt with its answer in {_excerpt(messages)}"
-        # SentencePiece writes a space as this very character, so it cannot tell the two apart on the way back.
+        # SentencePiece uses this very character for a space, so decoding cannot distinguish the two.
         text = messages[index].content.replace(SPACE, " ").strip()
         decoded = chat_format.decode_answer(closed.input_ids[len(prompt_ids) :])
         if decoded.replace(SPACE, " ").strip() != text:
@@ -235,7 +234,7 @@ def _ids_difference(tokenizer: Tokenizer, got: Sequence[int], expected: Sequence
 
 
 def _vocabulary_texts(chat_format: ChatFormat) -> Iterator[str]:
-    """Every piece of the vocabulary as text, so that a piece which only one of two tokenizers makes is seen."""
+    """Every vocabulary piece as text, to detect pieces that only one of two tokenizers produces."""
     tokenizer = chat_format.tokenizer
     refused = (*chat_format.forbidden, *tokenizer.control_pieces)
     pieces = [tokenizer.text_of(token) for token in range(tokenizer.vocab_size) if token not in tokenizer.control.every]
@@ -245,7 +244,7 @@ def _vocabulary_texts(chat_format: ChatFormat) -> Iterator[str]:
 
 
 def _spelled(pieces: Sequence[str]) -> list[tuple[Message, ...]]:
-    """Dialogs whose texts spell a tokenizer's own control tokens."""
+    """Dialogs with texts that spell the tokenizer's own control tokens."""
     texts = [f"{piece} a{piece}b {piece}" for piece in pieces]
     return [(Message("user", text), Message("assistant", text)) for text in texts]
 

@@ -1,12 +1,12 @@
-"""Text to token ids and back, and the tokenizer files that an artifact ships.
+"""Conversion between text and token ids, and the tokenizer files of an artifact.
 
-Ids come from the base's SentencePiece model (`tokenizer.model`) itself: it is what Meta trained with, and text that
-spells `</s>` stays text in it. A base that has only a `tokenizer.json` is read through the `tokenizers` library, its
-control tokens switched off for text, and has to pass the proof of `chat_format/proof.py` before it is trusted.
-Which ids begin and end a sequence is read from the base's own files; Llama 2's are `<unk>` 0, `<s>` 1 and `</s>` 2.
-The order of merges is a trap: SentencePiece joins the pair whose piece has the best score, and among equal
-scores (Llama's runs of spaces all have -1e9) the leftmost; `tokenizers` joins by a fixed rank of pairs. `_merges` turns
-the one into the other; ordering by id, as common conversions do, breaks text where spaces run together.
+The base's SentencePiece model (`tokenizer.model`) computes the ids: Meta trained with it, and it keeps text that spells
+`</s>` as text. A base with only a `tokenizer.json` is read by the `tokenizers` library with control tokens disabled in
+text, and must pass the proof of `chat_format/proof.py` before training.
+The BOS and EOS ids are read from the base's files; Llama 2 has `<unk>` 0, `<s>` 1 and `</s>` 2.
+The merge order is a trap. SentencePiece merges the pair whose piece has the best score, the leftmost of equal scores
+(Llama's runs of spaces all have -1e9); `tokenizers` merges by fixed rank. `_merges` converts scores to ranks. Ordering
+by id, as common conversions do, breaks runs of spaces.
 """
 
 import json
@@ -25,11 +25,11 @@ from llamachat.errors import TokenizerError, first_line
 
 SPECIAL_PIECES = ("<unk>", "<s>", "</s>")  # Llama 2's ids 0, 1 and 2
 UNKNOWN = SPECIAL_PIECES[0]
-# Fills the rows of a batch, which are masked by their lengths or isolated by positions: any row of an embedding will do.
+# Fills the rows of a batch, which are masked by length or isolated by positions, so any embedding row works.
 FILLER_ID = 0
 SPACE = "\u2581"
 
-# Encoded texts that are remembered: a dialog is measured, shortened and encoded in turn, and pairs share their prompts.
+# Cache size for encoded texts: a dialog is measured, shortened and encoded, and pairs share their prompts.
 REMEMBERED = 4096
 
 BASES_THAT_WORK = (
@@ -40,7 +40,7 @@ BASES_THAT_WORK = (
 
 @dataclass(frozen=True, slots=True)
 class ControlIds:
-    """Ids that no text becomes: where a sequence begins and ends, what fills a row, and a tokenizer's other ones."""
+    """Ids that no text is encoded to: BOS, EOS, the pad and the tokenizer's other control tokens."""
 
     bos: int
     eos: int
@@ -59,9 +59,9 @@ LLAMA2_IDS = ControlIds(bos=1, eos=2, pad=0, unk=0)
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """Text <-> ids. No text, whatever it spells, becomes one of the control ids.
+    """Text <-> ids. No text is ever encoded to a control id.
 
-    The pad is never EOS (Llama 2's is `<unk>`): a mask that is read off padding would take the stop token with it.
+    The pad is never EOS (Llama 2's is `<unk>`): a mask derived from padding would exclude the stop token.
     """
 
     backend: "SentencePieceBackend | FastBackend"
@@ -81,7 +81,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Pieces of the tokenizer; a model's embedding may have more rows."""
+        """The number of pieces; a model's embedding may have more rows."""
         return max(self.backend.vocab_size, self.bos_id + 1, self.eos_id + 1, self.pad_id + 1)
 
     @property
@@ -91,27 +91,27 @@ class Tokenizer:
 
     @property
     def sentencepiece_model(self) -> bytes | None:
-        """The serialized SentencePiece model, where the base has one."""
+        """The serialized SentencePiece model, if the base has one."""
         return self.backend.model if isinstance(self.backend, SentencePieceBackend) else None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without BOS and EOS."""
+        """Encode the text without BOS and EOS."""
         return self.backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids: BOS and EOS leave nothing, and the one space that encoding puts before a text goes."""
+        """Decode ids; BOS, EOS and the leading space that encoding adds are removed."""
         return self.backend.decode(ids)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary entry of each id, for people to look at."""
+        """The vocabulary entry of each id, for display."""
         return [self.backend.piece(token) for token in ids]
 
     def text_of(self, token: int) -> str:
-        """The text that one piece stands for, where it is whole characters."""
+        """The text of one piece, if it consists of whole characters."""
         return self.backend.text_of(token)
 
     def fast(self) -> tokenizers.Tokenizer:
-        """The same for the `tokenizers` library, as an artifact ships it: there `</s>` in a text IS the token."""
+        """The equivalent `tokenizers.Tokenizer` for artifacts; unlike here, it parses `</s>` in a text as the token."""
         return self.backend.fast()
 
 
@@ -136,7 +136,7 @@ class SentencePieceBackend:
         return list(self._encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        # A model may have more rows than the tokenizer has pieces, and sample one of them.
+        # A model may have more embedding rows than the tokenizer has pieces, and sample one of them.
         size = self.vocab_size
         return self._processor.decode([token if token < size else self._processor.unk_id() for token in ids])
 
@@ -147,7 +147,7 @@ class SentencePieceBackend:
         return self.piece(token).replace(SPACE, " ")
 
     def control_ids(self) -> ControlIds | None:
-        """As the model declares them; None where it has no beginning or no end."""
+        """The control ids declared by the model; None if it has no BOS or no EOS."""
         processor = self._processor
         bos, eos, unk = processor.bos_id(), processor.eos_id(), processor.unk_id()
         if min(bos, eos) < 0:
@@ -175,9 +175,9 @@ class FastBackend:
     def __init__(self, tokenizer_json: str) -> None:
         self._json = tokenizer_json
         content = json.loads(tokenizer_json)
-        self.is_byte_level = bool(_parts(content.get("decoder"), "ByteLevel"))  # each piece spells bytes, as GPT-2's
+        self.is_byte_level = bool(_parts(content.get("decoder"), "ByteLevel"))  # pieces spell bytes, as in GPT-2
         self._tokenizer = tokenizer = self.fast()
-        tokenizer.encode_special_tokens = True  # in this library's words: spelled control tokens stay text
+        tokenizer.encode_special_tokens = True  # despite its name: spelled control tokens stay text
         self._encode = lru_cache(REMEMBERED)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids))
 
     def __reduce__(self) -> tuple[type["FastBackend"], tuple[str]]:
@@ -200,7 +200,7 @@ class FastBackend:
         return self._tokenizer.decode([token]) if self.is_byte_level else self.piece(token).replace(SPACE, " ")
 
     def control_ids(self, names: Mapping[str, str]) -> ControlIds | None:
-        """The ids of the tokens of these names (`bos_token`, ...); None without a beginning or an end."""
+        """The control ids for tokens of these names (`bos_token`, ...); None without BOS or EOS."""
         ids = {name: self._tokenizer.token_to_id(text) for name, text in names.items()}
         bos, eos, unk = ids.get("bos_token"), ids.get("eos_token"), ids.get("unk_token")
         if bos is None or eos is None:
@@ -217,12 +217,12 @@ class FastBackend:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a model folder, or of a `tokenizer.model` or `tokenizer.json` file."""
+    """Load the tokenizer of a model folder, or a `tokenizer.model` or `tokenizer.json` file."""
     file = _tokenizer_file(Path(path))
     try:
         content = file.read_bytes()
         backend = FastBackend(content.decode()) if file.suffix == ".json" else SentencePieceBackend(content)
-    except Exception as error:  # both libraries raise bare Exception or RuntimeError on a broken file
+    except Exception as error:  # both libraries raise bare Exception or RuntimeError for a broken file
         raise TokenizerError(
             f"{file}: cannot be read as a tokenizer ({first_line(error)}). It must be the file that the base model "
             "was published with. Copy or download it again."
@@ -245,35 +245,35 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str) -> None:
-    """Write the files with which `AutoTokenizer.from_pretrained(folder)` gives our ids, and the chat template.
+    """Write files from which `AutoTokenizer.from_pretrained(folder)` gives our ids, and the chat template.
 
-    `chat_format.proof.prove_written` compares what was written with the tokenizer itself.
+    `chat_format.proof.prove_written` compares them with the tokenizer.
     """
     control = tokenizer.control
     named = {"bos_token": control.bos, "eos_token": control.eos, "unk_token": control.unk}
-    if control.pad in control.every:  # naming a piece of text as the pad would make that text a control token
+    if control.pad in control.every:  # declaring a text piece as the pad would make it a control token
         named["pad_token"] = control.pad
     special = {name: tokenizer.pieces([token])[0] for name, token in named.items() if token is not None}
-    # Not LlamaTokenizer: that class throws our merges away on loading and builds its own, in another order.
+    # Not LlamaTokenizer: on loading, that class discards our merges and builds its own in another order.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "clean_up_tokenization_spaces": False}
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer.sentencepiece_model is not None:
         (folder / "tokenizer.model").write_bytes(tokenizer.sentencepiece_model)
     else:
-        (folder / "tokenizer.model").unlink(missing_ok=True)  # another tokenizer's would be read first
+        (folder / "tokenizer.model").unlink(missing_ok=True)  # another tokenizer's file would take precedence
     (folder / "tokenizer.json").write_text(tokenizer.fast().to_str(), encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", {**config, "chat_template": chat_template})
     _write_json(folder / "special_tokens_map.json", special)
     ids = {"bos_token_id": control.bos, "eos_token_id": control.eos, "pad_token_id": control.pad}
     generation, model = folder / "generation_config.json", folder / "config.json"
-    if generation.is_file():  # of a whole model: what ends an answer in programs that ask nothing else
+    if generation.is_file():  # in a full model's folder: sets the stop ids for programs that read nothing else
         _write_json(generation, json.loads(generation.read_text(encoding="utf-8")) | ids)
     if control != LLAMA2_IDS and model.is_file():
         _write_json(model, json.loads(model.read_text(encoding="utf-8")) | ids)
 
 
 def _special_names(folder: Path) -> dict[str, str]:
-    """The texts of `bos_token` and so on, as a folder's files name them."""
+    """The texts of `bos_token` etc. according to the folder's files."""
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         try:
@@ -289,15 +289,15 @@ def _special_names(folder: Path) -> dict[str, str]:
 
 
 def _pad_id(candidates: Sequence[int | None], *, bos: int, eos: int) -> int:
-    """The first of these ids that neither begins nor ends a text; rows are masked by lengths, so any other id will do."""
+    """The first candidate that is neither BOS nor EOS; rows are masked by length, so any other id works."""
     own = (token for token in candidates if token is not None and token >= 0 and token not in (bos, eos))
     return next(own, bos if bos != eos else int(eos == 0))
 
 
 def _with_control_tokens(tokenizer_json: str, texts: Sequence[str | None]) -> str:
-    """The same tokenizer with these pieces as control tokens, and with offsets that count the space before a word.
+    """The tokenizer with these pieces as control tokens, and with offsets that include the space before a word.
 
-    Some files list none; without the spaces, transformers' mask of an answer would miss its first token.
+    Some files list no control tokens. Without the spaces, transformers' answer mask would miss its first token.
     """
     content = json.loads(tokenizer_json)
     for part in _parts(content.get("post_processor"), "ByteLevel"):
@@ -309,7 +309,7 @@ def _with_control_tokens(tokenizer_json: str, texts: Sequence[str | None]) -> st
 
 
 def _parts(content: Any, kind: str) -> list[dict[str, Any]]:
-    """The parts of this type in a component of a `tokenizer.json`, which may be a sequence of some."""
+    """The parts of type `kind` in a component of a `tokenizer.json`, which may be a sequence."""
     if not isinstance(content, dict):
         return []
     component = cast(dict[str, Any], content)
@@ -334,10 +334,10 @@ def _tokenizer_file(path: Path) -> Path:
 def _fast_tokenizer(
     vocab: dict[str, int], merges: list[tuple[str, str]], special: Sequence[str]
 ) -> tokenizers.Tokenizer:
-    """The BPE of a SentencePiece model; `special` are its unknown piece, BOS and EOS."""
+    """Build the BPE of a SentencePiece model; `special` are its unknown, BOS and EOS pieces."""
     unk, bos, _ = special
     tokenizer = tokenizers.Tokenizer(BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
-    # Prepended to each stretch between control tokens: the text after every `<s>` gets it, as each pair does with us.
+    # Prepended after each control token: the text after every `<s>` gets it, as each pair does in our encoding.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -350,10 +350,10 @@ def _fast_tokenizer(
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, in the order in which SentencePiece would choose.
+    """All merges of two pieces, in the order in which SentencePiece would choose them.
 
-    Among equal scores it takes the leftmost pair, so a run of spaces grows from the left by one space at a time; with
-    the longest piece first, the pair that grows the leftmost run outranks the pairs that would start new ones.
+    SentencePiece takes the leftmost of equal scores, so a run of spaces grows from the left, one space at a time. With
+    the longest piece first, extending the leftmost run outranks starting a new one.
     """
     merges: list[tuple[str, str]] = []
     for piece in sorted(scores, key=lambda piece: (-scores[piece], -len(piece))):

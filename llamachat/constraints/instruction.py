@@ -1,5 +1,5 @@
-"""Instructions to keep through a dialog: one to three constraints that go together, drawn at random (section 3.3); and
-answers fixed to keep them."""
+"""Instructions that apply to a whole dialog: one to three compatible random constraints (section 3.3), and answers
+repaired to satisfy them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ from llamachat.constraints.values import Side, side_of
 from llamachat.data.loading import fraction
 from llamachat.errors import ConfigError
 
-# Of a first word that is "I", a name or an abbreviation the capital stays.
+# First words that keep their capital: "I", names and abbreviations.
 _KEEPS_CAPITAL = re.compile(r"I\b|[A-Z][a-z]+ (?!I\b)[A-Z]|[A-Z]{2}")
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """Constraints and the text that asks for them."""
+    """Constraints and the text that states them."""
 
     constraints: tuple[Constraint, ...]
     text: str
@@ -27,7 +27,7 @@ class Instruction:
 
     @property
     def checkable(self) -> tuple[Constraint, ...]:
-        """Those that a checker can decide."""
+        """The constraints that have a checker."""
         return tuple(constraint for constraint in self.constraints if constraint.checker)
 
 
@@ -40,11 +40,11 @@ def draw_instruction(
     most: int = 3,
     weights: Mapping[str, float] | None = None,
 ) -> Instruction:
-    """The instruction of this number: the same for the same seed, side and families, whatever was drawn before.
+    """Draw instruction number `index`; the result depends only on `index`, seed, side and families.
 
-    One to `most` constraints, each number equally often where the families allow it; shortened half of the time
-    (Llama 2 section 3.3). Values are those of one side; a family without values stands on both. A family of weight 2
-    comes first twice as often as one of weight 1, which is that of families not named.
+    It has one to `most` constraints, each count equally likely if the families allow it, and is shortened half of the
+    time (Llama 2 section 3.3). Values come from one side; a family without values is on both. A family of weight 2 is
+    drawn first twice as often as one of weight 1, the default.
     """
     shares = {name: (weights or {}).get(name, 1.0) for name in families}
     assert families and most >= 1 and min(shares.values()) > 0, "the recipe is checked before"
@@ -52,10 +52,10 @@ def draw_instruction(
     sides = {name: values_of(family, side) for name, family in families.items()}
     wanted = 1 + _place(most, f"{key} number")
     chosen: list[Constraint] = []
-    # A race of exponential clocks: each rate is a weight.
+    # Competing exponential clocks whose rates are the weights.
     clocks = {name: -log1p(-fraction(f"{key} {name}", salt="family")) / share for name, share in shares.items()}
     for name in sorted(clocks, key=clocks.__getitem__):
-        # A value that does not go with the others gives way to another one of its family.
+        # An incompatible value is replaced by another one of its family.
         for value in _in_random_order(sides[name], f"{key} {name}"):
             constraint = constrain(families[name], value, key=key)
             if all(are_compatible(constraint, other) for other in chosen):
@@ -69,13 +69,13 @@ def draw_instruction(
 
 
 def constrain(family: Family, value: str, *, key: str = "") -> Constraint:
-    """The family's constraint with this value, in one of its wordings, which `key` chooses."""
+    """The family's constraint with this value; `key` selects one of its wordings."""
     long = family.long[_place(len(family.long), f"{key} {family.name} wording")]
     return Constraint(family.name, value, long.format(value), family.short.format(value), family.checker, family.recall)
 
 
 def values_of(family: Family, side: Side) -> tuple[str, ...]:
-    """The family's values on this side; its one empty value where it has none."""
+    """The family's values on this side; ("",) if it has none."""
     if not family.has_values:
         return family.values
     values = tuple(value for value in family.values if side_of(family.name, value) == side)
@@ -89,32 +89,32 @@ def values_of(family: Family, side: Side) -> tuple[str, ...]:
 
 
 def passes(instruction: Instruction, answer: str) -> bool:
-    """Whether the answer keeps every constraint that can be checked; an answer without a word keeps none."""
+    """Whether the answer satisfies every checkable constraint; an answer without words satisfies none."""
     return bool(words(answer)) and all(is_kept(constraint, answer) for constraint in instruction.checkable)
 
 
 def is_kept(constraint: Constraint, answer: str) -> bool:
-    """Whether the answer keeps this constraint, which has a checker."""
+    """Whether the answer satisfies this constraint, which must have a checker."""
     assert constraint.checker, "the caller asks for checkable constraints"
     return constraint.checker(answer, constraint.value)
 
 
 def recall_questions(constraint: Constraint) -> tuple[str, ...]:
-    """Questions whose answer shows whether the constraint is remembered; none where it is checked in every answer."""
+    """Questions that test whether the constraint is remembered; none if every answer is checked for it."""
     return tuple(question for question, _ in constraint.recall)
 
 
 def recalled(constraint: Constraint, answer: str) -> bool:
-    """Whether the answer to a recall question names what the constraint set."""
+    """Whether the answer to a recall question names the constraint's value."""
     assert constraint.recall, "the caller asks for constraints with recall questions"
     return names(answer, constraint.value)
 
 
 def repaired(instruction: Instruction, answer: str) -> str | None:
-    """The answer fixed so that it keeps the instruction; None where words, case and quotes alone cannot do that. Ours.
+    """Repair the answer to satisfy the instruction; None if changing words, case and quotes does not suffice. Ours.
 
-    The paper samples answers from a policy that obeys. Of the samples of one with 5 M parameters, one in a hundred has
-    a word because of the instruction. A repaired answer is checked like any sample, and counted separately.
+    The paper samples answers from a policy that follows instructions. With 5 M parameters, only one sample in a hundred
+    contains a word because of the instruction. A repaired answer is checked like any sample and counted separately.
     """
     text = answer.strip()
     values = {constraint.family: constraint.value for constraint in instruction.checkable}
@@ -123,7 +123,7 @@ def repaired(instruction: Instruction, answer: str) -> str | None:
     if "one_sentence" in values:
         text = (sentences(text) or [text])[0]
     if "ends_with" in values:
-        # A question stays one.
+        # A question remains a question.
         text = f"{text.rstrip(' .!?')}, {values['ends_with']}{'?' if text.endswith('?') else '.'}"
     first = [values[family] for family in ("begins_with", "calls_user") if family in values]
     if first:
@@ -138,7 +138,7 @@ def repaired(instruction: Instruction, answer: str) -> str | None:
 
 
 def plain_recall(constraint: Constraint, question: str) -> str:
-    """The plain answer to one of the constraint's recall questions: "I am Galileo Galilei."."""
+    """The plain answer to a recall question of the constraint: "I am Galileo Galilei."."""
     assert constraint.recall, "the caller asks for constraints with recall questions"
     return dict(constraint.recall)[question].format(constraint.value)
 

@@ -1,13 +1,13 @@
-"""Words and sentences of an answer, as the checkers count them.
+"""Splits an answer into words and sentences for the checkers.
 
-A word is a run of letters and digits; an apostrophe, a hyphen, or a mark inside a number (3.5, 4:45, 1,000) does not
-part it. A sentence ends at a line break, or at . ! ? (several, or an ellipsis, count once), closing quotes and brackets
-included, where white space or the end follows. No sentence ends at:
-- the full stop of a title or of a usual abbreviation (Dr., e.g., No. 5) or of a single letter (J. Smith; "I" is a word),
-- the full stop of etc., a.m., Inc. and the like, or an ellipsis, where a small letter follows,
-- a mark before a closing quote or bracket ("Stop!" he said) where a small letter follows,
+A word is a run of letters and digits. Apostrophes, hyphens and marks inside numbers (3.5, 4:45, 1,000) do not split it.
+A sentence ends at a line break, or at . ! ? (repeated marks or an ellipsis count once) and any closing quotes and
+brackets, if followed by white space or the end. No sentence ends at:
+- the full stop of a title or a common abbreviation (Dr., e.g., No. 5) or a single letter (J. Smith; "I" is a word),
+- the full stop of etc., a.m., Inc. and the like, or an ellipsis, before a lower-case letter,
+- a mark before a closing quote or bracket ("Stop!" he said) that is followed by a lower-case letter,
 - a number with a full stop at the start of a line (1. Apples).
-A small letter after any other full stop begins a sentence: casual text is counted as it is meant.
+After any other full stop a lower-case letter starts a sentence, so that casual text is counted as intended.
 """
 
 import re
@@ -19,12 +19,12 @@ _END = re.compile(r"(?P<marks>[.!?\u2026]+)(?P<closers>[\"')\]*]*)(?=\s|$)")
 _LIST_MARK = re.compile(r"\s*(?:[-*\u2022]|\(?\d{1,3}[.)])\s+")
 _OPENERS = " \t\"'(["
 
-# Never the last word of a sentence unless it ends the text; a title is one where it is written with a capital.
+# Never the last word of a sentence unless the text ends there; titles count only if capitalized.
 _TITLES = frozenset(
     {"Dr", "Mr", "Mrs", "Ms", "Prof", "St", "Gen", "Col", "Capt", "Lt", "Sgt", "Rev", "Gov", "Sen", "Mt"}
 )
 _ABBREVIATIONS = frozenset({"vs", "e.g", "i.e", "eg", "ie", "cf", "approx", "fig", "vol"})
-# Last words of a sentence where a capital, a digit or a quotation follows.
+# Last words of a sentence if a capital, a digit or a quotation follows.
 _OFTEN_LAST = frozenset(
     {"etc", "a.m", "p.m", "inc", "ltd", "corp", "jr", "sr", "u.s", "u.k", "u.s.a", "b.c", "a.d", "ph.d"}
 )
@@ -33,7 +33,7 @@ _PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '
 
 
 def plain(text: str) -> str:
-    """The text with straight quotes and plain hyphens, composed (NFC), without white space around it."""
+    """The text stripped, composed (NFC), and with straight quotes and plain hyphens."""
     return unicodedata.normalize("NFC", text).translate(_PLAIN).strip()
 
 
@@ -43,18 +43,18 @@ def words(text: str) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences in order; what follows the last end mark is one too. Parts without a word are none."""
+    """The sentences in order, including text after the last end mark; parts without words are skipped."""
     parts = [part for line in plain(text).splitlines() for part in _sentences_of(line)]
     return [part for part in parts if words(part)]
 
 
 def is_ended(text: str) -> bool:
-    """Whether the text closes with . ! ? or an ellipsis, closing quotes and brackets aside."""
+    """Whether the text ends with . ! ? or an ellipsis, ignoring closing quotes and brackets."""
     return bool(re.search(r"[.!?\u2026][\"')\]*]*$", plain(text)))
 
 
 def position(tokens: Sequence[str], sought: Sequence[str]) -> int | None:
-    """Where `sought` first stands unbroken in `tokens`; None where it does not."""
+    """The first index at which `sought` occurs contiguously in `tokens`, or None."""
     assert sought, "what is sought has a word"
     for start in range(len(tokens) - len(sought) + 1):
         if list(tokens[start : start + len(sought)]) == list(sought):
@@ -63,7 +63,7 @@ def position(tokens: Sequence[str], sought: Sequence[str]) -> int | None:
 
 
 def spoken(text: str) -> list[str]:
-    """The words for comparison: in small letters, without a possessive 's."""
+    """The words normalized for comparison: lower case, without a possessive 's."""
     return [word.casefold().removesuffix("'s") for word in words(text)]
 
 

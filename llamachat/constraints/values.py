@@ -1,4 +1,4 @@
-"""Values of constraints: words, lists of figures, hobbies and languages, and which of them are held out."""
+"""Values of constraints: words, lists of figures, hobbies and languages, and the held-out share."""
 
 import json
 import re
@@ -12,13 +12,13 @@ from llamachat.errors import DataError
 
 Side = Literal["train", "held_out"]
 
-# Share of a family's values that no training sees. Not in the recipe: two runs that hold out others cannot be compared.
+# Share of a family's values held out of all training. Not configurable, so that runs remain comparable.
 HELD_OUT = 0.25
 
-# None of these words is asked for in a system text of data/sft, so that what is held out here was never trained on.
+# No system text of data/sft asks for any of these words, so the held-out ones were never trained on.
 _WORDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
 ENDINGS, BEGINNINGS, NAMES = (tuple(_WORDS[kind].split()) for kind in ("endings", "beginnings", "names"))
-LETTERS = tuple("bcdfghkmpuvwy")  # of rarer ones most answers have none anyhow, of commoner ones nearly all have some
+LETTERS = tuple("bcdfghkmpuvwy")  # most answers lack rarer letters anyway, and nearly all contain commoner ones
 LIMITS = tuple(str(limit) for limit in range(5, 26) if limit not in (5, 8, 10, 12, 15, 20))
 
 _MARK = re.compile(r"^\s*(?:[-*\u2022]|\(?\d{1,3}[.):]|\(?[a-z]\))\s*", re.IGNORECASE)
@@ -26,12 +26,12 @@ _MOST_WORDS = 5
 
 
 def side_of(family: str, value: str) -> Side:
-    """Whether training may draw this value; what decides is a hash, so it does not depend on the rest of a list."""
+    """Whether training may use this value; decided by a hash, independent of the rest of the list."""
     return "held_out" if fraction(value.casefold(), salt=f"constraint {family}") < HELD_OUT else "train"
 
 
 def read_list(path: Path) -> tuple[str, ...]:
-    """The entries of a file with one a line, each once."""
+    """Read a file with one entry per line, without duplicates."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -49,10 +49,10 @@ def read_list(path: Path) -> tuple[str, ...]:
 
 
 def parse_list(text: str) -> list[str]:
-    """The entries of a list as a model writes it: numbered, with dashes, or on one line with commas.
+    """Parse a list written by a model: numbered, with dashes, or comma-separated on one line.
 
-    Left out are what introduces the list ("Here are some hobbies:"), whole sentences (more than five words), and
-    repetitions. A remark after a colon, a dash or a bracket is cut off.
+    Introductions ("Here are some hobbies:"), whole sentences (more than five words) and duplicates are dropped. Remarks
+    after a colon, a dash or a bracket are removed.
     """
     lines = [line for line in text.splitlines() if words(line)]
     if len(lines) == 1:

@@ -1,7 +1,7 @@
-"""Figures of yes-or-no outcomes and of scores against labels, with their 95% intervals; numpy only.
+"""Statistics of binary outcomes and of scores against labels, with 95% intervals; imports numpy only.
 
-Several outcomes of one prompt are not independent, so the bootstrap draws whole groups where it is given them. All draws
-are seeded: the same values give the same interval. Of a single group nothing is known of chance: its ends are nan.
+Outcomes of one prompt are not independent, so the bootstrap resamples whole groups if groups are given. All sampling is
+seeded: the same values give the same interval. A single group gives no estimate of the variance: the bounds are nan.
 """
 
 import math
@@ -19,48 +19,49 @@ Floats = NDArray[np.float64]
 _Z = 1.959963984540054  # the standard normal's 97.5% quantile
 _DRAWS = 5000
 _WORD = re.compile(r"\w+")
-_CHUNK = 500  # draws at once: a few MB at thousands of groups
+_CHUNK = 500  # resamples at once: a few MB with thousands of groups
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A figure with its 95% interval; most often the mean of a less the mean of b over the same items."""
+    """An estimate with its 95% interval, usually mean(a) - mean(b) over the same items."""
 
     value: float
     low: float
     high: float
 
     def named(self, name: str) -> dict[str, float]:
-        """The value, and its bounds where it has them, as metrics: `name`, `name_low`, `name_high`."""
+        """The value, and its bounds if they exist, as metrics: `name`, `name_low`, `name_high`."""
         ends = {f"{name}_low": self.low, f"{name}_high": self.high}
         return {name: self.value} | {end: bound for end, bound in ends.items() if math.isfinite(bound)}
 
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """How well a rule finds the members of a class: nan where there is none to find, or none was named."""
+    """Recall and precision of a rule that detects a class; nan if the class is empty or nothing is detected."""
 
     recall: float
     precision: float
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson 1927); a tie may count as half a success."""
+    """95% interval of a proportion (Wilson 1927); a tie counts as half a success."""
     assert n > 0 and 0 <= successes <= n, (successes, n)
     share = successes / n
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    # Exact at the ends, where rounding would leave a speck.
+    # Exact at the ends, where rounding would leave a small residue.
     return (0.0 if successes == 0 else max(0.0, centre - half)), (1.0 if successes == n else min(1.0, centre + half))
 
 
 def proportion_interval(
     outcomes: Sequence[float] | Floats, *, groups: Sequence[Hashable] | None = None
 ) -> tuple[float, float]:
-    """95% interval of the mean of outcomes in [0, 1]: Wilson's at the sample size that the groups leave.
+    """95% interval of the mean of outcomes in [0, 1]: Wilson's, with the effective sample size of the groups.
 
-    The size is divided by the design effect (Kish 1965), the variance of the mean with groups drawn whole over that of
-    independent outcomes, never below 1. Where all outcomes are equal it cannot be measured: then the groups are counted.
+    The sample size is divided by the design effect (Kish 1965), the variance of the mean under sampling of whole groups
+    over that of independent outcomes, at least 1. If all outcomes are equal, it is undefined and the number of groups
+    is used as the sample size.
     """
     values = np.asarray(outcomes, dtype=np.float64)
     assert values.ndim == 1 and len(values) > 0
@@ -91,9 +92,9 @@ def bootstrap_interval(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95% percentile interval of a statistic of `values` (rows, where they have two axes); groups are drawn whole.
+    """95% percentile bootstrap interval of a statistic of `values` (rows, if they are 2-D); resamples whole groups.
 
-    Draws in which the statistic is nan (one of two classes is missing) are left out; nan without any other.
+    Resamples in which the statistic is nan (one of two classes is missing) are dropped; nan if none remain.
     """
     array = np.asarray(values, dtype=np.float64)
     assert len(array) > 0
@@ -119,7 +120,7 @@ def paired_bootstrap(
     draws: int = _DRAWS,
     seed: int = 0,
 ) -> Difference:
-    """mean(a) - mean(b) over the same items; groups of items (pairs of one prompt) are drawn whole."""
+    """mean(a) - mean(b) over the same items; groups of items (pairs of one prompt) are resampled whole."""
     gaps = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     assert gaps.ndim == 1 and len(gaps) > 0
     places = _group_numbers(groups, len(gaps))
@@ -139,9 +140,9 @@ def paired_bootstrap(
 def superiority(
     a: Sequence[float] | Floats, b: Sequence[float] | Floats, *, draws: int = 2000, seed: int = 0
 ) -> Difference:
-    """Share of all pairs (one of a, one of b) in which a is higher, ties half; a[i] and b[i] are of one item.
+    """Share of all pairs (one of a, one of b) in which a is higher; ties count half; a[i] and b[i] belong to one item.
 
-    The probability of superiority (Mann-Whitney's U over its largest value). Items are drawn whole for the interval.
+    The probability of superiority (Mann-Whitney's U over its maximum). Items are resampled whole for the interval.
     """
     ours, theirs = np.asarray(a, dtype=np.float64)[:, None], np.asarray(b, dtype=np.float64)[None, :]
     assert ours.shape == theirs.T.shape and len(ours) > 0
@@ -155,10 +156,10 @@ def superiority(
 
 
 def independent_difference(a: Difference, b: Difference) -> Difference:
-    """The first estimate less the second with a 95% interval combined from theirs, for independent estimates.
+    """The difference of two independent estimates, with a 95% interval combined from theirs.
 
-    Square-and-add (Newcombe 1998, method 10; Zou and Donner 2008 for any statistic): each bound goes as far as both
-    distances to the nearer bounds do together. Of estimates on the same items it is too wide where they go together.
+    Square-and-add (Newcombe 1998, method 10; Zou and Donner 2008 for any statistic): the distance to each bound is the
+    root of the sum of squared distances. For positively correlated estimates on the same items it is too wide.
     """
     value = a.value - b.value
     below = math.hypot(a.value - a.low, b.high - b.value)
@@ -167,19 +168,19 @@ def independent_difference(a: Difference, b: Difference) -> Difference:
 
 
 def auroc(scores: Sequence[float] | Floats, labels: Sequence[bool] | NDArray[np.bool_]) -> float:
-    """Chance that a positive scores above a negative, a tie counting half; nan where one of the two is missing."""
+    """Probability that a positive scores above a negative, with ties counting half; nan if one class is missing."""
     values, is_positive = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
     assert values.shape == is_positive.shape and values.ndim == 1
     positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
     if not positives or not negatives:
         return math.nan
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(count) - (count - 1) / 2)[place]  # from 1; equal scores share the mean of their ranks
+    ranks = (np.cumsum(count) - (count - 1) / 2)[place]  # from 1; equal scores share their mean rank
     return float((ranks[is_positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def detection(is_named: Sequence[bool] | NDArray[np.bool_], is_member: Sequence[bool] | NDArray[np.bool_]) -> Detection:
-    """Recall and precision of what a rule names, against what truly belongs to the class."""
+    """Recall and precision of the items that a rule detects, compared with the true members of the class."""
     named, member = np.asarray(is_named, dtype=bool), np.asarray(is_member, dtype=bool)
     assert named.shape == member.shape and named.ndim == 1
     hits = int((named & member).sum())
@@ -189,22 +190,22 @@ def detection(is_named: Sequence[bool] | NDArray[np.bool_], is_member: Sequence[
 def balanced_accuracy(
     is_named: Sequence[bool] | NDArray[np.bool_], is_member: Sequence[bool] | NDArray[np.bool_]
 ) -> float:
-    """Mean of the recalls of both classes: 0.5 for any rule that does not look; nan where a class is missing."""
+    """Mean recall of the two classes: 0.5 for any rule that ignores the input; nan if a class is missing."""
     named, member = np.asarray(is_named, dtype=bool), np.asarray(is_member, dtype=bool)
     return (detection(named, member).recall + detection(~named, ~member).recall) / 2
 
 
 def distinct_pairs(texts: Sequence[str]) -> float:
-    """Distinct pairs of neighbouring words among all of these texts' (distinct-2, Li et al. 2016); 0 where there is none.
+    """Distinct pairs of adjacent words over all such pairs in the texts (distinct-2, Li et al. 2016); 0 without pairs.
 
-    Over all texts together, so it falls with their number: compare equally many.
+    It falls with the number of texts, so compare only equal numbers.
     """
     pairs = [pair for text in texts for pair in pairwise(text.split())]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def commonest_count(texts: Sequence[str]) -> int:
-    """How often the commonest text occurs, whatever its case and punctuation; 0 where there is none."""
+    """How often the most common text occurs, ignoring case and punctuation; 0 without texts."""
     counts = Counter(tuple(_WORD.findall(text.casefold())) for text in texts)
     return max(counts.values(), default=0)
 

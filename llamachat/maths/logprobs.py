@@ -1,11 +1,11 @@
-"""Log-probabilities of given tokens, their entropy, and the KL estimates made of them; imports torch alone.
+"""Log-probabilities of given tokens, entropies, and KL estimates from them; imports only torch.
 
-Shapes: B sequences, R response positions, N tokens, D hidden, V vocabulary. The head runs on a chunk of tokens at a
-time, and a chunk is computed again in the backward pass: [N, V] never exists, forward or backward.
-All sums are in fp32, whatever the dtype of the model.
-KL(policy || reference) is estimated from tokens that the policy sampled, in nats, at the temperature they were sampled
-with. Both estimates are unbiased there (J. Schulman, "Approximating KL Divergence", 2020); a k1, and its sum over a
-response, may be negative.
+Shapes: B sequences, R response positions, N tokens, D hidden, V vocabulary. The head runs on one chunk of tokens at a
+time, which is recomputed in the backward pass, so [N, V] is never materialized.
+All sums are in fp32, whatever the model's dtype.
+KL(policy || reference) is estimated from tokens sampled by the policy, in nats, at the sampling temperature. Both
+estimators are unbiased there (J. Schulman, "Approximating KL Divergence", 2020); k1 and its sum over a response may be
+negative.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from llamachat import maths
 
 Head = Callable[[Tensor], Tensor]  # hidden states [n, D] -> logits [n, V]: `model.get_output_embeddings()`
 
-# A CPU keeps a compiled kernel for each shape it has met: lengths are filled up to a multiple.
+# A CPU caches one compiled kernel for each shape: lengths are padded to a multiple.
 SHAPE_MULTIPLE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Of each token: its log-probability and the entropy of what it was drawn from, in nats, fp32."""
+    """Each token's log-probability and the entropy of the distribution it was sampled from, in nats, fp32."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -42,8 +42,8 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """log softmax(head(hidden) / temperature) at the given ids, [N].
 
-    Gradients flow to the hidden states and to the head, through both results. `temperature` is the one the tokens were
-    sampled with: another one would make the ratio of PPO start off from 1.
+    Gradients flow to the hidden states and the head through both results. `temperature` must be the sampling
+    temperature; with another one PPO's ratio would not start at 1.
     """
     assert temperature > 0, "at temperature 0 nothing is drawn, and no token has a probability"
     if tokens_per_chunk is None:
@@ -63,7 +63,7 @@ def token_logprobs(
         normalizer_n = logits_nV.logsumexp(dim=-1)
         logprobs_n = logits_nV.gather(1, token_ids_n.unsqueeze(1)).squeeze(1) - normalizer_n
         probabilities_nV = (logits_nV - normalizer_n.unsqueeze(1)).exp()
-        # A token that the head rules out (-inf) takes no part: 0 * log 0 is 0.
+        # A token with logit -inf does not contribute: 0 * log 0 is 0.
         expected_logit_n = (probabilities_nV * logits_nV.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
         return logprobs_n, normalizer_n - expected_logit_n
 
@@ -80,18 +80,18 @@ def token_logprobs(
 
 
 def k1(policy_logprobs_BR: Tensor, reference_logprobs_BR: Tensor, *, response_mask_BR: Tensor) -> Tensor:
-    """log policy - log reference at each response token, [B, R]; 0 elsewhere. PPO's penalty is made of it."""
+    """log policy - log reference at each response token, [B, R]; 0 elsewhere. PPO's penalty is based on it."""
     return _log_ratio(policy_logprobs_BR, reference_logprobs_BR, response_mask_BR)
 
 
 def k3(policy_logprobs_BR: Tensor, reference_logprobs_BR: Tensor, *, response_mask_BR: Tensor) -> Tensor:
-    """q - 1 - log q with q = reference / policy at each response token, [B, R]; 0 elsewhere. Never negative, less noisy."""
+    """q - 1 - log q with q = reference / policy at each response token, [B, R]; else 0. Never negative, less noisy."""
     log_q_BR = -_log_ratio(policy_logprobs_BR, reference_logprobs_BR, response_mask_BR)
     return log_q_BR.expm1() - log_q_BR
 
 
 def response_kl(kl_BR: Tensor, *, response_mask_BR: Tensor) -> Tensor:
-    """KL of each whole response, [B], in nats a response: the sum over its tokens (Llama 2, Eq. 4)."""
+    """KL of each response, [B], in nats per response: the sum over its tokens (Llama 2, Eq. 4)."""
     assert response_mask_BR.dtype == torch.bool and response_mask_BR.shape == kl_BR.shape
     return torch.where(response_mask_BR, kl_BR, 0.0).sum(dim=1)
 
@@ -99,5 +99,5 @@ def response_kl(kl_BR: Tensor, *, response_mask_BR: Tensor) -> Tensor:
 def _log_ratio(policy_logprobs_BR: Tensor, reference_logprobs_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
     assert policy_logprobs_BR.shape == reference_logprobs_BR.shape == response_mask_BR.shape
     assert response_mask_BR.dtype == torch.bool
-    # Zeros go in before the exponential: afterwards its gradient in the padding could still be not a number.
+    # Mask before the exponential: masked afterwards, the gradient in the padding could still be NaN.
     return torch.where(response_mask_BR, policy_logprobs_BR.float() - reference_logprobs_BR.float(), 0.0)

@@ -1,4 +1,4 @@
-"""What a role bank and a rollout hold, in bytes, from shapes alone, and the rule by which roles share weights. Torch-free."""
+"""Memory of a role bank and a rollout, computed from shapes, and the rule for sharing weights among roles. No torch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,24 +7,24 @@ from typing import Literal, TypeVar
 from llamachat.config.sections import Base, Rollout
 from llamachat.memory.estimates import BYTES, NF4_BLOCK, SERVER, SLEEPING_SERVER, Setup, Shape
 
-FULL_SIZE_HEAD = 4  # bytes a weight of the value head, which is fp32
-PROMPT_TOKENS = 200.0  # ours, assumed where nothing is known of the prompts
-# Mean length of an answer as a share of the longest, where none was measured. Ours: 0.31 and 0.37 with the bundled model.
+FULL_SIZE_HEAD = 4  # bytes per weight of the value head, which is fp32
+PROMPT_TOKENS = 200.0  # ours, assumed if the prompts are unknown
+# Mean answer length as a share of the maximum, if not measured. Ours: 0.31 and 0.37 with the bundled model.
 ANSWER_SHARE = 0.4
-# Answers that are sampled at once: the engine's most on a CPU, and what a card should have room for (it takes up to 512).
+# Answers sampled at once: the maximum on a CPU, and the number a GPU should have room for (it takes up to 512).
 CPU_ROWS, CACHED_ROWS = 80, 64
-PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # that the decoder reads
-SPARE_COLUMNS = 32  # steps between two layouts: each copies the cache once, and each spare column is computed on
-PLAIN_SCORES = 2**24  # scores a key-value head for all prompts that are read at once; more go through the fused kernel
+PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # prefilled at once by the decoder
+SPARE_COLUMNS = 32  # decoding steps between two layouts: each layout copies the cache, each spare column is computed
+PLAIN_SCORES = 2**24  # most scores per key-value head when prefilling prompts; with more, the fused kernel is used
 CACHE, DECODER, STEP = "keys and values of the rollout", "rollout's copy of the projections", "the rollout's step"
 ROLLOUT_PARTS = CACHE, DECODER, STEP, SERVER
-# What a server keeps while it sleeps: the CUDA context and recorded graphs. Ours, from 0.9 to 1.7 GB that users of vLLM report
-# for single cards.
+# Memory of a sleeping server: the CUDA context and captured graphs. Ours, based on the 0.9 to 1.7 GB that users of vLLM
+# report for single GPUs.
 SLEEPING_BYTES = 2 * 2**30
-# The decoder makes a merged copy of the projections where it takes at most this share of what is free, and keys and values
-# take at most this share of the rest.
+# The decoder merges a copy of the projections if that takes at most this share of free memory; keys and values take at
+# most this share of the rest.
 SHARE_FOR_DECODER, SHARE_FOR_CACHE = 0.6, {"cpu": 0.25, "cuda": 0.8}
-# Decoding reads all weights for each token of a batch: far from the arithmetic that training reaches. Ours, rough.
+# Decoding reads all weights for each token of a batch, far below the arithmetic rate of training. Ours, rough.
 DECODING_SLOWDOWN = 4.0
 
 Name = TypeVar("Name")
@@ -40,10 +40,10 @@ def place_reward_models(
     share: Callable[[Name, Model, Trunk], None],
     load: Callable[[Name, Model], Trunk | None],
 ) -> None:
-    """The rule by which reward models share weights, for those that open them and for those that only count bytes.
+    """Decide which reward models share weights. Used both to open models and to count their bytes.
 
-    In their order, each model that is an adapter on weights that are loaded already (`carries`) is one more adapter on
-    them; any other is loaded with weights of its own. `load` returns those weights where later adapters can sit on them.
+    In order, each model that is an adapter on loaded weights (`carries`) is added to these; any other loads its own
+    weights. `load` returns them if later adapters can share them, else None.
     """
     trunks = [policy_trunk]
     for name, model in models.items():
@@ -56,20 +56,20 @@ def place_reward_models(
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of a prompt and of an answer, in the mean; an answer None where none was measured."""
+    """Mean tokens of a prompt and of an answer; an answer of None was not measured."""
 
     prompt: float = PROMPT_TOKENS
     answer: float | None = None
-    measured_by: str = ""  # whose answers
+    measured_by: str = ""  # the model whose answers were measured
 
     def of(self, base: Base, rollout: Rollout) -> tuple[float, float]:
-        """Of a prompt and of an answer, no longer together than a sequence may be."""
+        """Tokens of a prompt and an answer, capped so that together they fit the maximum sequence length."""
         answer = ANSWER_SHARE * rollout.max_new_tokens if self.answer is None else self.answer
         answer = min(answer, rollout.max_new_tokens)
         return min(self.prompt, max(1.0, base.max_tokens - answer)), answer
 
     def assumed(self, base: Base, rollout: Rollout) -> str:
-        """What is assumed, in words."""
+        """The assumptions as text."""
         prompt, answer = self.of(base, rollout)
         of_whom = f"as of {self.measured_by}" if self.measured_by else f"{ANSWER_SHARE:g} of the longest"
         decoding = "decoding at a quarter of a forward pass's speed"
@@ -78,20 +78,20 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A reward model on other weights than the policy's, loaded in addition."""
+    """A reward model loaded separately, because its weights differ from the policy's."""
 
     shape: Shape
-    width: int = BYTES["bfloat16"]  # bytes a weight
+    width: int = BYTES["bfloat16"]  # bytes per weight
     is_4bit: bool = False
     has_adapter: bool = False  # of the recipe's rank
 
 
 @dataclass(slots=True)
 class Seating:
-    """Where the models of one role bank lie."""
+    """The placement of the models in one role bank."""
 
-    is_continued: bool = False  # whether the policy that training starts from is an adapter already
-    sharing: int = 0  # reward models that are one more adapter on a trunk that is there anyway
+    is_continued: bool = False  # whether training starts from a policy that is already an adapter
+    sharing: int = 0  # reward models that are adapters on a trunk loaded for other roles
     beside: dict[str, Beside] = field(default_factory=dict)  # reward models on other trunks, by name
 
     @property
@@ -102,9 +102,9 @@ class Seating:
 def role_bank_bytes(
     setup: Setup, seating: Seating, *, critic: Literal["separate", "shared", "none"] | None
 ) -> dict[str, int]:
-    """Bytes of weights by part. With critic None nothing is trained, and there is no reference either.
+    """Bytes of weights by part. With critic None nothing is trained, and there is no reference.
 
-    Gradients, optimizer states, activations and caches come on top.
+    Excludes gradients, optimizer states, activations and caches.
     """
     shape, tuning, width = setup.shape, setup.tuning, setup.width
     targets = None if tuning.targets == "all-linear" else tuning.targets
@@ -136,11 +136,11 @@ def rollout_bytes(
     has_copied_ends: bool = False,
     answers: int | None = None,
 ) -> dict[str, int]:
-    """Bytes of sampling next to `loaded_bytes`: the decoder's copy of the projections, keys and values, one decoding step.
+    """Bytes of sampling in addition to `loaded_bytes`: the copy of the projections, keys and values, one decoding step.
 
-    `shares_plain` where projections are read from the model that carry no adapter, are frozen and stand alone (the outer
-    two of each block); `has_copied_ends` where embeddings and head train, so that the decoder has its own; `answers` are
-    all that there are to sample. A server on the same card has `rollout.server_gib` for all of it.
+    `shares_plain`: frozen, unstacked projections without adapter (the outer two of each block) are read from the model.
+    `has_copied_ends`: embeddings and head train, so the decoder copies them. `answers` is the total number to sample. A
+    server on the same GPU uses `rollout.server_gib` for everything.
     """
     if rollout.engine == "vllm":
         return {} if rollout.server_gib is None else {SERVER: round(rollout.server_gib * 2**30)}
@@ -169,31 +169,31 @@ def rollout_bytes(
 
 
 def sleeping_bytes(rollout: Rollout) -> dict[str, int]:
-    """Bytes of a server on the same card while nothing is sampled."""
+    """Bytes of a sleeping server on the same GPU."""
     return (
         {} if rollout.server_gib is None else {SLEEPING_SERVER: min(SLEEPING_BYTES, round(rollout.server_gib * 2**30))}
     )
 
 
 def _unmerged_bytes(setup: Setup) -> int:
-    """What the decoder keeps of projections that it does not copy: 4-bit ones' scales in fp32, and their adapters stacked."""
+    """Bytes of the decoder for projections that it does not copy: 4-bit scales in fp32 and the stacked adapters."""
     shape, rank = setup.shape, setup.tuning.rank
     if setup.tuning.method != "qlora":
         return 0
     scales = 4 * shape.linear_weights // NF4_BLOCK
     query_key_value = shape.query_size + 2 * shape.key_value_size
-    # The second matrices of stacked projections lie on the diagonal: as wide as all their ranks together.
+    # The second adapter matrices of stacked projections form a block diagonal as wide as the sum of their ranks.
     up = 3 * query_key_value + shape.hidden_size + 2 * 2 * shape.intermediate_size + shape.hidden_size
     down = sum(inputs for inputs, _ in shape.projections.values())
     return scales + shape.layers * rank * (up + down) * setup.width
 
 
 def _step_bytes(setup: Setup, rollout: Rollout, *, rows: int, cache: int, is_merged: bool) -> int:
-    """The largest of reading prompts, drawing tokens and merging: activations of a block and scores, logits of all rows, or
-    a matrix in fp32, to which its adapter is added."""
+    """The largest of prefilling (block activations, scores), drawing tokens (logits of all rows) and merging (a matrix
+    in fp32, to which its adapter is added)."""
     shape, width = setup.shape, setup.width
     states = _reading_bytes(setup, rollout, rows=rows, is_merged=is_merged)
-    # A layer's keys and values are copied as the rows are laid out again; a logit is in its own width, fp32, as a probability.
+    # A new layout copies one layer's keys and values. A logit is kept in its own width, in fp32 and as a probability.
     drawing = max(2 * cache // shape.layers // 2, rows * shape.vocabulary * (width + 8))
     merging = 0
     if setup.gpu and is_merged and setup.tuning.method != "full":
@@ -203,7 +203,7 @@ def _step_bytes(setup: Setup, rollout: Rollout, *, rows: int, cache: int, is_mer
 
 
 def _reading_bytes(setup: Setup, rollout: Rollout, *, rows: int, is_merged: bool) -> int:
-    """Activations of one block, and scores, as prompts are read."""
+    """Activations of one block, and scores, while prefilling prompts."""
     shape, width = setup.shape, setup.width
     prompt = max(1, setup.base.max_tokens - rollout.max_new_tokens)
     tokens = min(rows * prompt, max(prompt, PROMPT_TOKENS_AT_ONCE["cpu" if setup.gpu is None else "cuda"]))
@@ -219,17 +219,17 @@ def _reading_bytes(setup: Setup, rollout: Rollout, *, rows: int, is_merged: bool
 def reading_bytes(
     tokens: int, hidden: int, query: int, key_value: int, intermediate: int, *, width: int, is_4bit: bool
 ) -> int:
-    """Activations of one block as the decoder reads this many tokens of prompts on a GPU, counted on its stand-in.
+    """Activations of one block while the decoder prefills this many tokens on a GPU, counted on its stand-in.
 
-    In the MLP's last product: its input with gate and up, residuals before and after, queries, keys and values as they
-    came and as they were turned, what attention gave, and the unpacked matrix.
+    At the MLP's last product: its input with gate and up, residuals before and after, queries, keys and values before
+    and after rotation, the attention output, and the unpacked matrix.
     """
     numbers = 3 * hidden + 3 * query + 3 * key_value + 3 * intermediate
     return tokens * numbers * width + (hidden * intermediate * width if is_4bit else 0)
 
 
 def cache_budget(free_bytes: float, reading_bytes: int) -> int:
-    """What `rollout.cache_gib: auto` takes of a GPU's free memory: a share, and no more than leaves room to read prompts."""
+    """The cache size for `rollout.cache_gib: auto`: a share of free GPU memory that leaves room for prefilling."""
     return int(min(SHARE_FOR_CACHE["cuda"] * free_bytes, free_bytes - reading_bytes))
 
 

@@ -1,1 +1,1 @@
-"""Models: loading a base or a policy, adapters, saving what plain transformers and peft load."""
+"""Models: loading bases and policies, adapters, and saving in formats that plain transformers and peft load."""

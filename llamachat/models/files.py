@@ -1,7 +1,7 @@
-"""The files of a model folder, looked into before anything is loaded: torch is not needed for it.
+"""Checks of a model folder's files before anything is loaded; needs no torch.
 
-A download that broke off, a Git LFS pointer in place of a file and an adapter that transformers would load by itself
-are refused with a clear message, already by `doctor`.
+An incomplete download, a Git LFS pointer in place of a file and an adapter that transformers would load automatically
+are rejected with a clear message, already by `doctor`.
 """
 
 import json
@@ -11,11 +11,11 @@ from llamachat.errors import ConfigError, first_line
 from llamachat.runs.atomic import storage_errors
 
 _LFS = b"version https://git-lfs"
-_LENGTH_BYTES = 8  # a safetensors file opens with the length of its JSON header, which names every tensor and its bytes
+_LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header, which lists every tensor's bytes
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, as its index names them where it has one."""
+    """The safetensors files of a model folder, from its index if there is one."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [folder / "model.safetensors"]
@@ -30,7 +30,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder whose weights would not be what they seem: cut short, no weights at all, or under an adapter."""
+    """Reject a folder with truncated weights, no weights at all, or an adapter on top."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         raise ConfigError(
@@ -43,7 +43,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_safetensors(file: Path) -> None:
-    """Refuse a file of weights whose header and size do not go together; its values are not read."""
+    """Reject a weights file whose header and size do not match; the values are not read."""
     with storage_errors(file), file.open("rb") as stream:
         size, start = file.stat().st_size, stream.read(len(_LFS))
         if start == _LFS:

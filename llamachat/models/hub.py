@@ -1,6 +1,6 @@
-"""Models of the hub: whether this machine can read one, and its files, those of the tokenizer fetched alone.
+"""Models on the Hub: whether they can be read from here, and downloads of all files or only the tokenizer's.
 
-A gated model without access and another architecture are thus refused in seconds, not after a download of gigabytes.
+Gated models without access and other architectures are thus rejected in seconds, not after downloading gigabytes.
 """
 
 import json
@@ -22,9 +22,9 @@ UNGATED = next(name for name, base in KNOWN_BASES.items() if not base.is_gated)
 
 
 def tokenizer_folder(location: str) -> Path:
-    """The folder with the tokenizer of a model folder or hub name (then its small files are fetched or cached).
+    """The folder with the tokenizer of a model folder or Hub name (its small files are then downloaded or cached).
 
-    Refuses what is no Llama model by its config.json, which comes along.
+    Rejects anything that is not a Llama model according to its config.json, which is included.
     """
     folder = Path(location)
     if folder.is_dir():
@@ -35,20 +35,20 @@ def tokenizer_folder(location: str) -> Path:
     name, revision = split_revision(location)
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
-    except Exception as error:  # the library lets its network layers' own errors through
+    except Exception as error:  # the library does not wrap its network layers' errors
         reach = unreached(name, error)
         raise ConfigError(
             f"base.model: the tokenizer of '{location}' cannot be downloaded: {reach.reason}. It is checked before any "
             f"weights are loaded. {reach.fix}"
         ) from error
-    if folder.parent.name == "snapshots":  # of the hub's cache, where folders have the names of commits
+    if folder.parent.name == "snapshots":  # in the Hub cache, where folders are named after commits
         note_commit(location, folder.name)
     require_llama(folder, location)
     return folder
 
 
 def weights_folder(location: str) -> Path:
-    """The folder with the weights, config and licence of a model folder or hub name (then fetched or cached)."""
+    """The folder with the weights, config and licence of a model folder or Hub name (downloaded or cached)."""
     if Path(location).is_dir():
         return Path(location)
     from huggingface_hub import snapshot_download
@@ -60,7 +60,7 @@ def weights_folder(location: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Whether a model or data set of the hub can be had from here; where not, why and what to do."""
+    """Whether a Hub model or data set is accessible from here; if not, why, and how to fix it."""
 
     state: Literal["open", "gated", "missing", "offline"]
     reason: str = ""
@@ -68,14 +68,14 @@ class Reach:
 
 
 def require_llama(folder: Path, name: str) -> None:
-    """Refuse another architecture, read from config.json alone; an adapter's folder has none, and passes."""
+    """Reject other architectures by config.json; an adapter's folder has none and passes."""
     path = folder / "config.json"
     if not path.is_file():
         return
     try:
         model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError):
-        return  # the reader of transformers reports it, with the reason
+        return  # transformers reports it when loading, with the reason
     if model_type is not None and model_type != "llama":
         raise ConfigError(
             f"base.model: '{name}' has the architecture '{model_type}', but chat format and adapters are those of Llama "
@@ -84,20 +84,20 @@ def require_llama(folder: Path, name: str) -> None:
 
 
 def reach_model(name: str) -> Reach:
-    """Ask the hub for the head of a model's config.json: nothing is fetched, and the answer comes in seconds."""
+    """Request the headers of a model's config.json from the Hub: nothing is downloaded and it takes seconds."""
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
 
     try:
         plain, revision = split_revision(name)
         url = hf_hub_url(plain, "config.json", revision=revision)
         get_hf_file_metadata(url, token=get_token(), timeout=TIMEOUT_S)
-    except Exception as error:  # the library lets its network layers' own errors through
+    except Exception as error:  # the library does not wrap its network layers' errors
         return unreached(name, error)
     return Reach("open")
 
 
 def reach_data(name: str) -> Reach:
-    """Ask the hub whether a data set is there and may be read."""
+    """Ask the Hub whether a data set exists and may be read."""
     from huggingface_hub import HfApi, get_token
 
     token = get_token()
@@ -109,7 +109,7 @@ def reach_data(name: str) -> Reach:
 
 
 def unreached(name: str, error: Exception, *, kind: str = "") -> Reach:
-    """What an error of the hub means; `kind` is "datasets/" for a data set."""
+    """Interpret a Hub error; `kind` is "datasets/" for a data set."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -137,7 +137,7 @@ def unreached(name: str, error: Exception, *, kind: str = "") -> Reach:
 
 
 def is_cached(name: str, patterns: Sequence[str] = ("*.safetensors",)) -> bool:
-    """Whether files of a model like these lie in the hub's cache."""
+    """Whether files of the model that match the patterns are in the Hub cache."""
     from huggingface_hub import constants
 
     snapshots = Path(constants.HF_HUB_CACHE) / f"models--{split_revision(name)[0].replace('/', '--')}" / "snapshots"

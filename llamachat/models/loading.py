@@ -1,9 +1,9 @@
-"""Llama models in and out: the base, the adapter on it, a published policy. The only place that calls transformers.
+"""Load and save Llama models: the base, its adapter, a published policy. The only module that calls transformers.
 
-Reads model folders and hub names (safetensors only, no remote code), writes the weight files of an artifact. A policy
-artifact's manifest carries in `details` what `policy_details` makes, and `load_policy` reads the same keys.
-A checkpoint without a language-model head loads in transformers with a random one and a warning; here a missing or a
-wrongly shaped weight is an error.
+Reads model folders and Hub names (safetensors only, no remote code), writes the weight files of an artifact. A policy
+artifact's manifest contains `policy_details` in `details`; `load_policy` reads the same keys.
+transformers loads a checkpoint without a language-model head with a random one and a warning; here missing or wrongly
+shaped weights are an error.
 """
 
 import json
@@ -44,23 +44,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ONLY_ADAPTER = "default"  # PEFT's name of an adapter that is given none: the one that is trained and saved
+ONLY_ADAPTER = "default"  # PEFT's name for an unnamed adapter: the one that is trained and saved
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-VALUES_PER_WEIGHT = 1024  # of which the manifest of an adapter keeps the digest
+VALUES_PER_WEIGHT = 1024  # included in the digest in an adapter's manifest
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MOST_POSITIONS = 1 << 22  # their rotations are 2 GiB in a model of 7B
+MOST_POSITIONS = 1 << 22  # their rotary tables take 2 GiB in a 7B model
 SCALED_BY_FACTOR = ("linear", "dynamic")  # types of rotary scaling
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A chat model ready to answer: its model is in evaluation mode."""
+    """A chat model ready for sampling, in evaluation mode."""
 
     model: "LanguageModel"
     tokenizer: Tokenizer
     chat_format: ChatFormat
-    max_tokens: int  # of a whole dialog, as it was trained
-    system: str | None  # the system text it was trained with, for conversations that bring none
+    max_tokens: int  # of a whole dialog, as in training
+    system: str | None  # the system text of its training, for conversations without one
     name: str
 
 
@@ -72,8 +72,8 @@ def load_base(
     device: str = "cpu",
     is_nf4: bool = False,
 ) -> "LlamaForCausalLM":
-    """The model that `base` names, or the one of the same family in `source`, ready for training; in 4 bits with
-    `is_nf4`."""
+    """Load the model that `base` names, or one of the same family from `source`, for training; with `is_nf4` in
+    4 bits."""
     location = find_model(str(source or base.model), where="base.model")
     config = load_config(location, where="base.model")
     scale_rope(config, base.rope_scaling, max_tokens=base.max_tokens)
@@ -84,12 +84,12 @@ def load_base(
 def attach_adapter(
     model: "LlamaForCausalLM | ScoringLlama", tuning: Tuning, *, seed: int, head: str | None = None
 ) -> "PeftModel":
-    """LoRA on the frozen model; its initial weights follow from `seed` alone, and so the logits are still the base's.
+    """Add LoRA to the frozen model; initial weights depend only on `seed` and leave the logits unchanged.
 
-    A `head` of this name is trained whole in addition.
+    The module named `head`, if any, is trained in full.
 
-    The adapter has the model's own dtype: PEFT's fp32 default makes a bf16 forward 2.6 times slower. The optimizer
-    keeps the fp32 master copy.
+    The adapter has the model's dtype: PEFT's fp32 default makes a bf16 forward pass 2.6 times slower. The optimizer
+    keeps an fp32 master copy.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -99,7 +99,7 @@ def attach_adapter(
         task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
         modules_to_save=None if head is None else [head],
         r=tuning.rank,
-        lora_alpha=cast(int, tuning.alpha),  # annotated int, used as a factor: PEFT takes 12.5 as well
+        lora_alpha=cast(int, tuning.alpha),  # annotated int but only used as a factor: 12.5 works too
         lora_dropout=tuning.dropout,
         target_modules=targets,
         bias="none",
@@ -117,13 +117,13 @@ def attach_adapter(
 
 
 def load_adapter(model: "LlamaForCausalLM | ScoringLlama", folder: Path, *, is_trainable: bool) -> "PeftModel":
-    """The LoRA adapter of a folder on its base, in the base's dtype; adapters made elsewhere with PEFT load too."""
+    """Load an adapter folder onto its base in the base's dtype; adapters trained with PEFT elsewhere also work."""
     from peft import PeftConfig, PeftModel
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        # The folder's own note of its base is not followed: what is loaded is what the caller gives. PEFT would go by
-        # way of the first GPU, whichever the model lies on.
+        # The base recorded in the folder is ignored: the caller supplies it. PEFT would load through the first GPU,
+        # wherever the model is.
         adapted = PeftModel.from_pretrained(
             model,
             str(folder),
@@ -144,19 +144,19 @@ def load_adapter(model: "LlamaForCausalLM | ScoringLlama", folder: Path, *, is_t
 def save_policy(
     model: "LanguageModel | ScoringLlama", folder: Path, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write the weights so that `AutoModelForCausalLM`, or PEFT where there is an adapter, loads them as they are.
+    """Write the weights so that `AutoModelForCausalLM`, or PEFT for an adapter, loads them unchanged.
 
-    `weights` are the whole weights of a sharded model (`distributed.full_weights`).
+    `weights` are the gathered weights of a sharded model (`distributed.full_weights`).
     """
     from peft import PeftModel
 
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        # "auto" would ask the hub whether the base's vocabulary has changed. Adapters of other roles are not the
+        # "auto" would ask the Hub whether the base's vocabulary changed. Adapters of other roles do not belong to the
         # policy.
         model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=[ONLY_ADAPTER])
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
-        # PEFT writes sets in the order of their hashes, which differs from run to run.
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card template
+        # PEFT writes sets in hash order, which differs between runs.
         file = folder / "adapter_config.json"
         content = json.loads(file.read_text())
         ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in content.items()}
@@ -174,7 +174,7 @@ def save_policy(
 def policy_details(
     model: "LanguageModel | ScoringLlama", *, base: str, chat_format: str, max_tokens: int, system: str | None
 ) -> dict[str, Any]:
-    """What the manifest of a policy says about its model; `base` is the folder or hub name of the trunk."""
+    """The manifest's details about a policy's model; `base` is the folder or Hub name of the trunk."""
     from peft import PeftModel
 
     is_adapter = isinstance(model, PeftModel)
@@ -185,7 +185,7 @@ def policy_details(
         "max_tokens": max_tokens,
         "system": system,
     }
-    if is_adapter:  # an adapter's folder has no config.json to keep it in
+    if is_adapter:  # an adapter's folder has no config.json that could store it
         trunk = cast("LlamaForCausalLM", model.get_base_model())
         details["base_is_folder"] = Path(str(trunk.name_or_path)).is_dir()
         details["rope_parameters"] = rope_parameters(trunk.config)
@@ -197,17 +197,16 @@ def policy_details(
 
 
 def _sampled_digest(trunk: "LlamaForCausalLM | ScoringLlama") -> str:
-    """By which a policy is matched to its base again; of a 4-bit trunk, of the weights that it was made from."""
+    """The digest that matches a policy to its base; for a 4-bit trunk, of the weights before quantization."""
     return nf4.source_digest(trunk) or trunk_digest(trunk, values_per_weight=VALUES_PER_WEIGHT)
 
 
 def load_policy(
     path: Path | str, *, dtype: str = "auto", device: str = "cpu", attention: str = "auto", is_trainable: bool = False
 ) -> Policy:
-    """The policy of an artifact, fully tuned or base and adapter, or a plain Llama model of a folder or the hub.
+    """Load the policy of an artifact, fully tuned or an adapter, or a plain Llama model from a folder or the Hub.
 
-    `dtype` auto is the one that it was saved in. A plain model reads dialogs in the Llama 2 format, in all its
-    positions.
+    `dtype` auto is the one it was saved in. A plain model uses the Llama 2 format and its full context.
     """
     if is_plain_model(path):
         chat_format, _ = load_proved_format(tokenizer_folder(from_home(str(path))))
@@ -227,14 +226,14 @@ def load_policy(
 
 
 def is_plain_model(path: Path | str) -> bool:
-    """Whether this is a model folder of transformers' or a model of the hub, and no artifact of ours."""
+    """Whether this is a transformers model folder or a Hub model, not a llamachat artifact."""
     folder = Path(from_home(str(path)))
     has_files = (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
     return has_files or (not folder.exists() and is_hub_name(str(path)))
 
 
 def reading_of(artifact: Artifact, details: Mapping[str, Any]) -> dict[str, Any]:
-    """How a policy or reward model reads dialogs: the fields of `Policy` and `RewardModel` except the weights."""
+    """How a policy or reward model reads dialogs: the fields of `Policy` and `RewardModel` without the weights."""
     tokenizer, step = load_tokenizer(artifact.path), artifact.manifest.step
     run = artifact.path.resolve().parents[len(Path(step).parts)].name
     return {
@@ -242,12 +241,12 @@ def reading_of(artifact: Artifact, details: Mapping[str, Any]) -> dict[str, Any]
         "chat_format": load_chat_format(details["chat_format"], tokenizer),
         "max_tokens": details["max_tokens"],
         "system": details.get("system"),
-        "name": f"{run}/{step}" if run else step,  # as a reader tells two policies apart
+        "name": f"{run}/{step}" if run else step,  # distinguishes policies for the reader
     }
 
 
 def reading_of_plain(location: str, config: "LlamaConfig", chat_format: ChatFormat) -> dict[str, Any]:
-    """The same of a model that is no artifact: without a system text, in all its positions."""
+    """`reading_of` for a model that is not an artifact: no system text, full context."""
     return {
         "tokenizer": chat_format.tokenizer,
         "chat_format": chat_format,
@@ -258,7 +257,7 @@ def reading_of_plain(location: str, config: "LlamaConfig", chat_format: ChatForm
 
 
 def find_model(name: str, *, where: str, near: Path | None = None, may_be_hub: bool = True) -> str:
-    """The folder that `name` means, from here or from a folder above `near`; else the hub name that it is."""
+    """Resolve `name` to a folder, relative to here or to `near` and its parents, or else to a Hub name."""
     path = Path(from_home(name))
     candidates = [path]
     if near is not None and not path.is_absolute():
@@ -283,8 +282,8 @@ def load_full(
     dtype: str,
     is_trainable: bool,
     **how: Any,
-) -> Any:  # the model that `load` makes
-    """The model of an artifact whose weights are all its own."""
+) -> Any:  # the model returned by `load`
+    """Load the model of an artifact that contains all of its weights."""
     del details
     config = load_config(str(artifact.path), where=str(artifact.path))
     model = load(str(artifact.path), config, dtype=saved_dtype(config, dtype), **how)
@@ -300,7 +299,7 @@ def load_adapted(
     is_trainable: bool,
     **how: Any,
 ) -> "PeftModel":
-    """The adapter of an artifact on the trunk that it was trained on."""
+    """Load the adapter of an artifact onto the trunk that it was trained on."""
     location, where = find_trunk(artifact, details)
     config = load_config(location, where=where)
     config.rope_parameters = details["rope_parameters"]
@@ -311,7 +310,7 @@ def load_adapted(
 
 
 def find_trunk(artifact: Artifact, details: Mapping[str, Any]) -> tuple[str, str]:
-    """The place of the weights under an adapter, and the file that names it."""
+    """The location of the weights under an adapter, and the file that records it."""
     where = f"{artifact.path}/manifest.json: details.base"
     may_be_hub = not details["base_is_folder"]
     return find_model(details["base"], where=where, near=artifact.path, may_be_hub=may_be_hub), where
@@ -320,8 +319,8 @@ def find_trunk(artifact: Artifact, details: Mapping[str, Any]) -> tuple[str, str
 def check_trunk(
     trunk: "LlamaForCausalLM | ScoringLlama", artifact: Artifact, details: Mapping[str, Any], *, where: str
 ) -> None:
-    """Refuse a trunk with another digest than the one under which the adapter was trained; in its number format
-    alone."""
+    """Reject a trunk whose digest differs from the one recorded when the adapter was trained; not checked in another
+    dtype."""
     is_comparable = details["method"] == "qlora" or trunk.dtype == adapter_dtype(artifact.path)
     if is_comparable and _sampled_digest(trunk) != details["trunk"]:
         raise ArtifactError(
@@ -362,7 +361,7 @@ def load_llama(
     kind: "type[LlamaForCausalLM | ScoringLlama] | None" = None,
     may_lack: Collection[str] = (),
 ) -> Any:  # a model of the class `kind`
-    """The weights of a folder or hub name in a language model, or in a model of `kind`, all of them but `may_lack`."""
+    """Load a folder or Hub name as a language model or as `kind`; only weights in `may_lack` may be missing."""
     from transformers import GenerationConfig, LlamaForCausalLM
     from transformers.utils import is_flash_attn_2_available
 
@@ -373,11 +372,11 @@ def load_llama(
         check_model_folder(Path(location))
     if is_nf4:
         nf4.check_shape(config, where=f"base: '{location}'")
-        # Quantised where it will compute, a weight at a time: the 16-bit model is never whole in memory.
+        # Quantized on the target device, one weight at a time: the 16-bit model is never fully in memory.
         how = {"quantization_config": nf4.quantization_config(dtype), "device_map": {"": device}}
     try:
         with _quietly():
-            load: Any = (kind or LlamaForCausalLM).from_pretrained  # its types do not know that it gives a pair
+            load: Any = (kind or LlamaForCausalLM).from_pretrained  # its types omit that it returns a pair
             name, revision = split_revision(location)
             model, report = load(
                 name,
@@ -403,17 +402,17 @@ def load_llama(
         source = trunk_digest(nf4.model_folder(location), values_per_weight=VALUES_PER_WEIGHT)
         nf4.remember_source(model, source)
     model.config.use_cache = False
-    # A config may call EOS the pad, whose row of the embedding would then never be trained. Our padding has no
+    # A config may use EOS as the pad, whose embedding row would then not be trained. Our padding has no
     # gradient.
     model.get_input_embeddings().padding_idx = None
-    # What a checkpoint suggests for sampling is not ours, and some suggestions cannot even be saved again.
-    # `write_tokenizer` writes the tokenizer's own ids where the model is published.
+    # Ignore the checkpoint's sampling defaults; some cannot even be saved again.
+    # `write_tokenizer` writes the tokenizer's own ids when the model is published.
     model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
     return model if is_nf4 else model.to(torch.device(device))
 
 
 def _check_weights(report: Mapping[str, Any], location: str, may_lack: Collection[str]) -> None:
-    """Refuse a model some of whose weights were in no file; name those of the files that the model has no place for."""
+    """Reject a model with weights that no file contains; name the files' weights that the model does not use."""
     lacking = sorted(set(report["missing_keys"]) - set(may_lack))
     lacking += sorted(str(key) for key in report["mismatched_keys"])
     if lacking:
@@ -464,8 +463,8 @@ def _known_targets(targets: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' table of weights, which we check, and from here on without its progress bars, which would
-    run across ours: a step loads a model before it saves one."""
+    """Hide transformers' table of weights, which we check ourselves, and from then on its progress bars, which would
+    mix with ours: a step loads a model before it saves one."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -478,7 +477,7 @@ def _quietly() -> Iterator[None]:
 
 
 def context_length(config: "LlamaConfig") -> int:
-    """Positions that the model can distinguish, prompt and answer together, in tokens."""
+    """The model's maximum number of positions, prompt and answer together, in tokens."""
     rope = rope_parameters(config)
     factor = float(rope["factor"]) if rope["rope_type"] in SCALED_BY_FACTOR else 1.0
     positions = config.max_position_embeddings * factor
@@ -492,16 +491,16 @@ def context_length(config: "LlamaConfig") -> int:
 
 
 def rope_parameters(config: "LlamaConfig") -> dict[str, Any]:
-    """Type, base wavelength and scaling of the rotary positions, by transformers' names."""
+    """Type, base wavelength and scaling of the rotary embedding, with transformers' names."""
     config.standardize_rope_params()
     return dict(config.rope_parameters or {})
 
 
 def scale_rope(config: "LlamaConfig", scaling: RopeScaling | None, *, max_tokens: int) -> None:
-    """Set linear interpolation (Chen et al., arXiv:2306.15595) or dynamic NTK, and hold `max_tokens` to the context.
+    """Set linear interpolation (Chen et al., arXiv:2306.15595) or dynamic NTK, and check `max_tokens` with the context.
 
-    A config that is scaled already, as that of an artifact made from a scaled base, gets the scaling asked for, not
-    the product of the two.
+    If the config is already scaled (an artifact with a scaled base), the new scaling replaces the old one instead of
+    being multiplied with it.
     """
     if scaling is not None:
         theta = rope_parameters(config)["rope_theta"]
@@ -516,7 +515,7 @@ def scale_rope(config: "LlamaConfig", scaling: RopeScaling | None, *, max_tokens
 
 
 def device_of(name: str) -> str:
-    """`name`, or for auto the GPU where there is one; each of several processes has its own."""
+    """Resolve auto to the GPU, if there is one (its own in each of several processes); else return `name`."""
     if name != "auto":
         _check_device(name)
         return name
@@ -526,7 +525,7 @@ def device_of(name: str) -> str:
 
 
 def _check_device(name: str) -> None:
-    """UsageError where PyTorch has no device of this name."""
+    """Raise UsageError if PyTorch has no device of this name."""
     try:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -537,28 +536,28 @@ def _check_device(name: str) -> None:
 
 
 def gpus() -> list[int]:
-    """Numbers of the GPUs, whose random state a seed of ours must not disturb."""
+    """Indices of the GPUs whose random state our seeding must not change."""
     return list(range(torch.cuda.device_count()))
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device to use: on a GPU what nothing holds, up to the share of the card that plans give to
-    tensors; on a CPU what the system can give without swapping.
+    """Usable memory of the device. On a GPU: what is free, up to the share that plans give to tensors; on a CPU:
+    what the system can allocate without swapping.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        # Of what the driver calls used, torch's allocator keeps the blocks of freed tensors for new ones.
+        # Memory used according to the driver includes cached blocks of torch's allocator, which can be reused.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(0, free - round((1 - USABLE / (1 + ALLOCATOR_SHARE["sampling"])) * total))
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:  # not Linux: half of what is installed
+    except OSError:  # not Linux: use half of the installed memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The number format of this name."""
+    """The dtype of this name."""
     if name not in DTYPES:
         raise ConfigError(
             f"dtype: '{name}' is not one of {', '.join(DTYPES)}. It is the number format of the weights. Name one of them."
@@ -567,6 +566,6 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def saved_dtype(config: "LlamaConfig", name: str) -> torch.dtype:
-    """The number format of this name; for auto the one that the weights were saved in."""
+    """The dtype of this name; for auto the one that the weights were saved in."""
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return saved if name == "auto" else dtype_of(name)

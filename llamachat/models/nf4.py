@@ -1,10 +1,9 @@
-"""The 4-bit trunk of QLoRA (Dettmers et al. 2023, arXiv:2305.14314): NF4 with double quantisation, by bitsandbytes.
+"""The 4-bit trunk of QLoRA (Dettmers et al. 2023, arXiv:2305.14314): NF4 with double quantization, by bitsandbytes.
 
-The projections of the layers are quantised while they load; embeddings, norms and the output head keep their dtype.
-On a CPU with AVX512-bf16, bitsandbytes repacks the weights in place on the first evaluation
-forward, and gradients after it are silently wrong: `close_cpu_trap` prevents that. A GPU packs the same weights
-into other bytes than a CPU (its sums run in another order), so a policy is matched to its base by the weights that were
-read, not by the packed ones.
+The layers' projections are quantized while loading; embeddings, norms and the output head keep their dtype.
+On a CPU with AVX512-bf16, bitsandbytes repacks the weights in place in the first evaluation forward pass, and all later
+gradients are silently wrong; `close_cpu_trap` prevents that. GPUs and CPUs pack the same weights differently (the
+order of summation differs), so a policy is matched to its base by the original weights, not the packed ones.
 """
 
 from collections.abc import Mapping
@@ -19,12 +18,12 @@ from llamachat.errors import ArtifactError, ConfigError
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, LlamaConfig
 
-BLOCK = 32  # what bitsandbytes' CPU kernels take rows in
+BLOCK = 32  # the row multiple required by bitsandbytes' CPU kernels
 _SOURCE = "llamachat_source_digest"
 
 
 def quantization_config(compute: torch.dtype) -> "BitsAndBytesConfig":
-    """What transformers quantises by when it loads; `compute` is the dtype of the products."""
+    """The quantization config for transformers; `compute` is the dtype of the products."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -32,13 +31,13 @@ def quantization_config(compute: torch.dtype) -> "BitsAndBytesConfig":
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
-        # Named, since transformers would find the heads by a forward of its own.
+        # Listed explicitly: otherwise transformers would find the heads with an extra forward pass.
         llm_int8_skip_modules=["lm_head", "score"],
     )
 
 
 def check_shape(config: "LlamaConfig", *, where: str) -> None:
-    """Refuses a model whose projections do not fall into whole blocks."""
+    """Reject a model whose projections are not divisible into whole blocks."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = {
         "hidden_size": config.hidden_size,
@@ -55,7 +54,7 @@ def check_shape(config: "LlamaConfig", *, where: str) -> None:
 
 
 def close_cpu_trap(model: nn.Module) -> None:
-    """Keeps every 4-bit layer from repacking its weights in place on an evaluation forward."""
+    """Keep every 4-bit layer from repacking its weights in place in evaluation mode."""
     from bitsandbytes.nn import Linear4bit
 
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
@@ -66,13 +65,13 @@ def close_cpu_trap(model: nn.Module) -> None:
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype that the products of a 4-bit model are computed in; None for a model that is not quantised."""
+    """The dtype of a 4-bit model's products; None for a model that is not quantized."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return getattr(config, "bnb_4bit_compute_dtype", None)
 
 
 def cast_adapter(model: nn.Module) -> None:
-    """Gives an adapter on a 4-bit model the compute dtype: on packed weights PEFT makes it fp32, whatever it is asked for."""
+    """Cast an adapter on a 4-bit model to the compute dtype: on packed weights, PEFT always creates it in fp32."""
     dtype = compute_dtype(model)
     if dtype is None:
         return
@@ -82,12 +81,12 @@ def cast_adapter(model: nn.Module) -> None:
 
 
 def quantization_details(compute: torch.dtype) -> dict[str, Any]:
-    """What a manifest says of the trunk's quantisation."""
+    """The manifest's details about the trunk's quantization."""
     return {"type": "nf4", "double": True, "compute": str(compute).removeprefix("torch.")}
 
 
 def check_details(details: Mapping[str, Any], *, where: str) -> None:
-    """Refuses a manifest whose trunk was quantised otherwise than here."""
+    """Reject a manifest whose trunk was quantized differently."""
     quantization = details.get("quantization")
     known = (
         isinstance(quantization, Mapping) and quantization.get("type") == "nf4" and quantization.get("double") is True
@@ -100,7 +99,7 @@ def check_details(details: Mapping[str, Any], *, where: str) -> None:
 
 
 def model_folder(location: str) -> Path:
-    """The folder of a model that has been loaded, also where it was named by its hub name."""
+    """The folder of a loaded model, whether it was given as a folder or a Hub name."""
     if Path(location).is_dir():
         return Path(location)
     from transformers.utils import cached_file
@@ -111,10 +110,10 @@ def model_folder(location: str) -> Path:
 
 
 def remember_source(model: nn.Module, digest: str) -> None:
-    """Keeps, with the model, the digest of the weights that it was quantised from."""
+    """Store on the model the digest of the weights that it was quantized from."""
     cast(Any, model).__dict__[_SOURCE] = digest
 
 
 def source_digest(model: nn.Module) -> str | None:
-    """What `remember_source` kept; None for a model that is not quantised."""
+    """The digest stored by `remember_source`; None for a model that is not quantized."""
     return model.__dict__.get(_SOURCE)

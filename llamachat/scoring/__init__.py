@@ -1,1 +1,1 @@
-"""Reward models to one score: gate, combiners, whitening, ranking of K samples, constants for evaluation."""
+"""From reward model scores to one score: gate, combination, whitening, ranking of K samples, standardization."""

@@ -1,4 +1,4 @@
-"""What an answer's length adds to its shaped score: a ramp before the length limit, and a soft bound on drift. Ours.
+"""Length terms of an answer's shaped score: a ramp before the length limit and a soft bound on drift. Ours.
 
 Shapes: B answers, of one iteration over all processes. Lengths are in tokens, EOS included.
 """
@@ -12,11 +12,11 @@ from llamachat.config.sections import LengthBound
 
 
 def ramp_to_limit(shaped_B: Tensor, *, lengths_B: Tensor, limit: int, ramp: float, unfinished_score: float) -> Tensor:
-    """Shaped scores that go down to `unfinished_score` over the last `ramp` (a share) of the tokens before the limit.
+    """Lower the shaped scores towards `unfinished_score` over the last `ramp` (a share) of the tokens before the limit.
 
     shaped + w * min(0, unfinished_score - shaped), where w rises from 0 at (1 - ramp) * limit tokens to 1 at limit + 1,
-    which an answer that the limit cut would have needed at least: a finished answer is never worth less for its length
-    than the same answer cut. Lower scores stay, and so does the score of a cut answer, which is `unfinished_score`.
+    the minimum length of a truncated answer had it been finished: a finished answer is never worth less for its length
+    than the same answer truncated. Scores below `unfinished_score` stay, as do truncated answers, which have it.
     """
     first = (1.0 - ramp) * limit
     weight_B = ((lengths_B - first) / (limit + 1 - first)).clamp(0.0, 1.0)
@@ -26,11 +26,11 @@ def ramp_to_limit(shaped_B: Tensor, *, lengths_B: Tensor, limit: int, ramp: floa
 def hold_length(
     shaped_B: Tensor, *, lengths_B: Tensor, is_finished_B: Tensor, bound: LengthBound, start: float
 ) -> Tensor:
-    """Shaped scores with a term that pulls the mean length back within the bounds, times `start`, that of iteration 0.
+    """Add a term that pulls the mean length back within bounds, which are relative to `start`, that of iteration 0.
 
     shaped - coef * excess * d, where excess is log(mean / longest) above the upper bound, -log(shortest / mean) below
-    the lower one (both as ratios to `start`) and 0 between them, and d is length / mean - 1, at most 1. An answer that
-    the limit cut may lose by the term and never gains, so that being cut is never better than ending.
+    the lower one (both as ratios to `start`) and 0 between them, and d is length / mean - 1, at most 1. The term may
+    lower a truncated answer's score but never raises it, so truncation is never better than ending.
     """
     mean = float(lengths_B.double().mean())
     ratio = mean / start

@@ -1,5 +1,5 @@
-"""The reward models that score answers: the recipe's own, or those that `scoring` names in their place; and which of
-them a way of scoring needs. Imports no torch, since planning checks this too.
+"""The reward models that score answers: the recipe's own, or those that `scoring` names instead; and which of them each
+way of combining needs. Imports no torch, since planning checks this too.
 """
 
 import logging
@@ -24,15 +24,15 @@ MODELS: tuple[ModelName, ...] = ("helpfulness", "safety")
 
 @dataclass(frozen=True, slots=True)
 class RewardModelFacts:
-    """What is known of a reward model before it is loaded."""
+    """Facts about a reward model that are known before it is loaded."""
 
-    name: str  # a path or hub name, for messages
-    safety_labels: int | None  # labelled answers that it was trained on; None: not trained here, so unknown
-    unfit: str | None = None  # the probe's verdict on a model that failed it
+    name: str  # a path or Hub name, for messages
+    safety_labels: int | None  # labelled answers in its training; None: not trained here, so unknown
+    unfit: str | None = None  # the probe's verdict if the model failed
 
 
 def named_models(scoring: Scoring, recipe_models: Mapping[str, Artifact]) -> dict["RewardRole", Artifact | str]:
-    """The reward models by what they judge; `recipe_models` are those that steps of the recipe have trained."""
+    """The reward models by role; `recipe_models` are those trained by steps of the recipe."""
     named = {"helpfulness": scoring.helpfulness, "safety": scoring.safety}
     models = {**recipe_models, **{role: name for role, name in named.items() if name is not None}}
     return cast("dict[RewardRole, Artifact | str]", models)
@@ -41,8 +41,8 @@ def named_models(scoring: Scoring, recipe_models: Mapping[str, Artifact]) -> dic
 def checked_models(
     scoring: Scoring, recipe_models: Mapping[str, Artifact], *, also: Collection["RewardRole"] = ("judge",)
 ) -> dict["RewardRole", Artifact | str]:
-    """Those whose scores the recipe's rule reads, and `also` these; ConfigError where the rule cannot work with
-    them."""
+    """The models whose scores the recipe's rule reads, plus those in `also`; raise ConfigError if the rule cannot
+    work with them."""
     models = named_models(scoring, recipe_models)
     facts = model_facts(models)
     for warning in check_scoring(scoring, facts):
@@ -52,7 +52,7 @@ def checked_models(
 
 
 def model_facts(models: Mapping["RewardRole", Artifact | str]) -> dict[ModelName, RewardModelFacts]:
-    """What their manifests say of the models that may decide."""
+    """Facts from the manifests of the models that may decide."""
     facts: dict[ModelName, RewardModelFacts] = {}
     for role in MODELS:
         model = models.get(role)
@@ -64,7 +64,7 @@ def model_facts(models: Mapping["RewardRole", Artifact | str]) -> dict[ModelName
 
 
 def _manifest_at(name: str) -> Manifest | None:
-    """The manifest of a local artifact of ours; None of any other model."""
+    """The manifest of a local llamachat artifact, or None for any other model."""
     folder = Path(from_home(name))
     if not folder.is_dir() or ((folder / "config.json").is_file() and not (folder / MANIFEST).is_file()):
         return None
@@ -72,7 +72,7 @@ def _manifest_at(name: str) -> Manifest | None:
 
 
 def facts_of(name: str, manifest: Manifest | None) -> RewardModelFacts:
-    """The facts of an artifact of ours, or of a model without a manifest."""
+    """Facts about a llamachat artifact, or about a model without a manifest."""
     if manifest is None:
         return RewardModelFacts(name, None)
     probe = manifest.details.get("probe", {"is_fit": True})
@@ -81,7 +81,7 @@ def facts_of(name: str, manifest: Manifest | None) -> RewardModelFacts:
 
 
 def models_read(scoring: Scoring, models: Mapping[ModelName, RewardModelFacts]) -> tuple[ModelName, ...]:
-    """The models whose scores decide, of those there are; `check_scoring` has checked that none is missing."""
+    """The available models whose scores decide; `check_scoring` has checked that none is missing."""
     present: tuple[ModelName, ...] = tuple(name for name in MODELS if name in models)
     if scoring.combine == "single":
         return present[:1]
@@ -91,7 +91,7 @@ def models_read(scoring: Scoring, models: Mapping[ModelName, RewardModelFacts]) 
 
 
 def check_scoring(scoring: Scoring, models: Mapping[ModelName, RewardModelFacts]) -> list[str]:
-    """Raise ConfigError if `scoring.combine` cannot work with the models there are; gives warnings back."""
+    """Raise ConfigError if `scoring.combine` cannot work with the available models; return warnings."""
     for name in models_read(scoring, models) or MODELS[:1]:
         if name not in models and function_name(scoring.combine) is None:
             raise ConfigError(_absent(scoring, name, models))

@@ -1,6 +1,6 @@
-"""What is scored, and the results: answers, the raw scores of the two reward models, one score of both.
+"""Input and results of scoring: answers, the raw scores of the two reward models, and the combined score.
 
-Shapes: B answers. A raw score is what a reward model's head says, before any sigmoid: a logit, from -inf to inf.
+Shapes: B answers. A raw score is the output of a reward model's head before any sigmoid: a logit, from -inf to inf.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from llamachat.errors import ScoringError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """Sampled answers, with what the scoring may use in addition to the text."""
+    """Sampled answers, with the other inputs of scoring."""
 
     prompts: Sequence[Sequence[Message]]
     completions: Sequence[str]
     is_safety_prompt_B: Tensor  # prompts marked as asking for something unsafe
-    is_finished_B: Tensor  # False where the length limit cut the answer
-    # Further values by answer, for a function of the user's.
+    is_finished_B: Tensor  # False if the length limit truncated the answer
+    # Additional values per answer, for a user's function.
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Raw scores of the answers by each reward model; None where there is no such model."""
+    """Raw scores of the answers by each reward model; None for a missing model."""
 
     helpfulness_B: Tensor | None
     safety_B: Tensor | None
@@ -47,23 +47,23 @@ class Scores:
             check_finite(scores_B, f"the {name} model")
 
     def by_model(self) -> dict[str, Tensor]:
-        """The scores there are, by the name of their model."""
+        """The available scores by model name."""
         both = {"helpfulness": self.helpfulness_B, "safety": self.safety_B}
         return {name: scores_B for name, scores_B in both.items() if scores_B is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combined:
-    """One raw score for each answer, and what the gate did."""
+    """One raw score for each answer, and the decisions of the gate."""
 
     scores_B: Tensor
-    is_gated_B: Tensor  # the gate took the safety model's score in place of the helpfulness model's
-    is_unsafe_B: Tensor  # the safety model puts it under the gate's threshold; all False without a gate
-    has_gate: bool  # two models' scores, each on its own scale, stand side by side
+    is_gated_B: Tensor  # the gate used the safety model's score instead of the helpfulness model's
+    is_unsafe_B: Tensor  # the safety model's score is below the gate's threshold; all False without a gate
+    has_gate: bool  # scores come from two models with different scales
 
 
 def check_finite(scores_B: Tensor, source: str) -> None:
-    """Raise ScoringError if a score is infinite or not a number."""
+    """Raise ScoringError if a score is infinite or NaN."""
     wrong = (~scores_B.isfinite()).nonzero().flatten().tolist()
     if wrong:
         raise ScoringError(

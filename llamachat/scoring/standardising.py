@@ -1,9 +1,9 @@
-"""Scores of different policies on one scale: constants taken once, from the SFT policy's answers, and then frozen.
+"""Scores of different policies on one scale, by constants that are computed once from the SFT policy's answers.
 
-Shapes: B answers. Whitening over a policy's own answers would hide that it got better: every policy would have mean 0.
-Each model's scores are measured from the mean of the SFT policy's answers, in their deviation. Under the gate the mean of
-the SFT policy's combined scores need not be 0: which model decides depends on the answer, so each model's scores count on a
-chosen part of the answers. Differences between policies are what these scores are for.
+Shapes: B answers. Whitening over each policy's own answers would hide improvement: every policy would have mean 0.
+So each model's scores are standardized with mean and deviation of the SFT policy's answers. Under the gate the mean of
+the SFT policy's combined scores need not be 0: the deciding model depends on the answer: each model judges a selected
+part of the answers. Only differences between policies are meaningful.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from llamachat.scoring.scores import Combined, Scores
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What one kind of score is measured from, and by."""
+    """The mean and deviation of one kind of score."""
 
     mean: float
     deviation: float
@@ -31,7 +31,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constants:
-    """A scale for each model there is, and one for the combined score."""
+    """A scale for each available model, and one for the combined score."""
 
     helpfulness: Scale | None
     safety: Scale | None
@@ -39,7 +39,7 @@ class Constants:
 
     @staticmethod
     def from_plain(values: Mapping[str, Any]) -> "Constants":
-        """The constants of these JSON values, as `asdict` gives them."""
+        """Create the constants from JSON values, as returned by `asdict`."""
         helpfulness, safety, combined = (
             None if values[name] is None else Scale(**values[name]) for name in ("helpfulness", "safety", "combined")
         )
@@ -48,7 +48,7 @@ class Constants:
 
 
 def fit_constants(scores: Scores, combined: Combined) -> Constants:
-    """Mean and deviation (divided by n) of the SFT policy's scores; ScoringError where they do not differ."""
+    """Mean and deviation (divided by n) of the SFT policy's scores; raise ScoringError if they are all equal."""
     scales = {name: _scale(scores_B, f"the {name} model") for name, scores_B in scores.by_model().items()}
     return Constants(
         helpfulness=scales.get("helpfulness"),
@@ -58,10 +58,10 @@ def fit_constants(scores: Scores, combined: Combined) -> Constants:
 
 
 def standardise(scores: Scores, combined: Combined, constants: Constants) -> Tensor:
-    """The combined scores, each in deviations of the SFT policy's scores by the model that decided, [B].
+    """The combined scores in deviations of the SFT policy's scores, on the deciding model's scale, [B].
 
-    An answer that the gate gave to the safety model is measured on that model's scale, and, where there is a gate, any
-    other on the helpfulness model's: the gate itself is decided on raw scores.
+    With a gate, an answer decided by the safety model is on its scale, any other on the helpfulness model's. The
+    gate itself compares raw scores.
     """
     if not combined.has_gate:
         return constants.combined.apply(combined.scores_B)

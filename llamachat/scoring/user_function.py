@@ -1,13 +1,13 @@
-"""A reward function of the user's: ten lines of Python in a file of their own, named `path.py:function` in the recipe.
+"""A user's reward function: ten lines of Python in a separate file, named `path.py:function` in the recipe.
 
     def score(prompts, completions, scores, **columns):
         return [help - 0.01 * len(text) for help, text in zip(scores["helpfulness"], completions)]
 
-`prompts` is a list of message lists ({"role": ..., "content": ...}), `completions` a list of texts, `scores` the raw scores
-by model ("helpfulness", "safety": those there are), and `columns` further lists: `is_safety`, `finished`, and what
-the step adds (`id`, the prompt's own). One finite number for each completion comes back. The file is run: it is the user's own. It runs as
-`python path.py` would run it: it may import the files next to it. What it changes in the process (PyTorch's gradients,
-threads, default dtype and device, random numbers, the working directory) is put back after each call.
+`prompts` is a list of message lists ({"role": ..., "content": ...}), `completions` a list of texts, `scores` the raw
+scores by available model ("helpfulness", "safety"), and `columns` more lists: `is_safety`, `finished`, and those of the
+step (`id`, the prompt's own). It returns one finite number for each completion. The file runs as with `python path.py`
+and may import files next to it. Its changes to the process (PyTorch's gradients, threads, default dtype and device,
+random state, the working directory) are undone after each call.
 """
 
 import importlib.util
@@ -42,14 +42,14 @@ _CORRECT = f"The finished part of the step is kept. Correct the function ({_SIGN
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    """The user's file while it runs, and the modules that it has loaded from its folder."""
+    """The user's file while it runs, with the modules that it loaded from its folder."""
 
     path: Path
     modules: dict[str, ModuleType] = field(default_factory=dict)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within the block the process is as `python path` would find it; afterwards it is as it was before."""
+        """Run the block in the state that `python path` would see; restore the process afterwards."""
         folder = self.path.absolute().parent
         names = _modules_beside(folder)
         aside = _taken(names)
@@ -58,7 +58,7 @@ class _Program:
         randomness = _randomness()
 
         def end(status: int) -> NoReturn:
-            """`os._exit` of the user's file: in this process it would end the command without a word."""
+            """Replaces `os._exit` in the user's file, which would end the command silently."""
             if os.getpid() == process:
                 raise SystemExit(status)
             os_exit(status)
@@ -77,14 +77,14 @@ class _Program:
             os.chdir(place)
             torch.set_default_dtype(dtype)
             if torch.get_default_device() != device:
-                torch.set_default_device(None)  # as it is in a process that sets none
+                torch.set_default_device(None)  # the default of a new process
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
             _put_back(randomness)
 
 
 def _randomness() -> dict[str, Any]:
-    """The states of the global random generators of Python, numpy and PyTorch."""
+    """The states of the global random generators of Python, NumPy and PyTorch."""
     states = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state().numpy()}
     if torch.cuda.is_initialized():
         states["cuda"] = [state.numpy() for state in torch.cuda.get_rng_state_all()]
@@ -92,7 +92,7 @@ def _randomness() -> dict[str, Any]:
 
 
 def _put_back(states: dict[str, Any]) -> None:
-    """Set the changed generators back, and one number on: the next call draws others, and how many it drew is no matter."""
+    """Restore the changed generators and advance each by one draw, so that calls differ but do not depend on usage."""
     now = _randomness()
     changed = {name: state for name, state in states.items() if pickle.dumps(state) != pickle.dumps(now[name])}
     if "random" in changed:
@@ -110,13 +110,13 @@ def _put_back(states: dict[str, Any]) -> None:
 
 
 def _modules_beside(folder: Path) -> set[str]:
-    """Names of the modules in a folder, but for those of libraries that are loaded already, and for the folder's own."""
+    """Names of the modules in a folder, except those of libraries that are already loaded and the folder's own."""
     files = {file.stem: file for file in folder.glob("*.py") if not file.stem.startswith("__")}
     files |= {file.parent.name: file for file in folder.glob("*/__init__.py")}
     loaded = files.keys() & sys.modules.keys()
     kept = {name for name in loaded if getattr(sys.modules[name], "__file__", None) == str(files[name])}
     if loaded - kept:
-        # Our own packages have names that a user's file may have too: `reward`, `tools`.
+        # The user's file may share names with our own packages: `reward`, `tools`.
         makers = metadata.packages_distributions()
         kept |= {
             name for name in loaded if name in sys.stdlib_module_names or set(makers.get(name, ())) - {"llamachat"}
@@ -125,13 +125,13 @@ def _modules_beside(folder: Path) -> set[str]:
 
 
 def _taken(names: set[str]) -> dict[str, ModuleType]:
-    """The loaded modules of these packages, taken out of those that an import finds."""
+    """Remove the loaded modules of these packages from `sys.modules` and return them."""
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
 
 
 @dataclass(frozen=True, slots=True)
 class UserFunction:
-    """A user's function, loaded, and the digest of its file, which is part of what a step is made from."""
+    """A loaded user function and the digest of its file, which is part of the step's inputs."""
 
     name: FunctionName
     call: Callable[..., Any]
@@ -139,7 +139,7 @@ class UserFunction:
     program: _Program
 
     def scores(self, scores: Scores, answers: Answers) -> Tensor:
-        """One score for each answer, [B] in fp32; RewardFunctionError if what comes back is something else."""
+        """One score for each answer, [B] in fp32; raise RewardFunctionError for any other result."""
         arguments = (
             [as_dicts(prompt) for prompt in answers.prompts],
             list(answers.completions),
@@ -157,7 +157,7 @@ class UserFunction:
                 result = result.tolist() if hasattr(result, "tolist") else result  # tensors and arrays
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # sys.exit() too would end the command, and as if all were well
+        except BaseException as error:  # includes sys.exit(), which would end the command with success
             place = _place_of(error, self.name.path) or self._place
             raise RewardFunctionError(
                 f"{place}: '{self.name.function}' raised {_words_of(error)}. The reward function must score every"
@@ -187,7 +187,7 @@ class UserFunction:
                 f" value is the score of the n-th completion, so the numbers must be equal. {_CORRECT}"
             )
         for index, value in enumerate(result):
-            # bool is an int to Python, and a fair score: did it pass or not?
+            # bool is an int in Python and a valid score: passed or not.
             if not isinstance(value, int | float) or not abs(value) < 3e38:
                 raise RewardFunctionError(
                     f"{self._place}: '{self.name.function}' returned"
@@ -199,13 +199,13 @@ class UserFunction:
 
     @property
     def _place(self) -> str:
-        """The file and line where the function is defined; the file alone of what is no Python function."""
+        """The file and line of the function's definition; only the file if it is not a Python function."""
         code = getattr(inspect.unwrap(self.call), "__code__", None)
         return str(self.name.path) if code is None else _place(code.co_filename, code.co_firstlineno, self.name.path)
 
 
 def load_user_function(name: FunctionName) -> UserFunction:
-    """Run the file and take the function from it; ConfigError where there is no such file or function."""
+    """Run the file and return its function; raise ConfigError if the file or the function does not exist."""
     path = name.path
     if not path.is_file():
         raise ConfigError(f"scoring.combine: {missing(str(path), what='the file of the reward function')}")
@@ -214,7 +214,7 @@ def load_user_function(name: FunctionName) -> UserFunction:
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None, "the name ends with .py"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look for their module there
+    sys.modules[module_name] = module  # dataclasses look up their module there
     try:
         with program.running():
             spec.loader.exec_module(module)
@@ -239,7 +239,7 @@ def load_user_function(name: FunctionName) -> UserFunction:
 
 
 def _words_of(error: BaseException) -> str:
-    """The class and the text of an exception of the user's; its text may raise one itself."""
+    """The class and text of an exception in the user's code; its `__str__` may itself raise."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:
@@ -247,7 +247,7 @@ def _words_of(error: BaseException) -> str:
 
 
 def _place_of(error: BaseException, path: Path) -> str | None:
-    """The file and line in the user's folder that an exception came from; None where it came from elsewhere."""
+    """The file and line in the user's folder where an exception was raised; None if elsewhere."""
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         places.append((error.filename or "", error.lineno))
@@ -256,5 +256,5 @@ def _place_of(error: BaseException, path: Path) -> str | None:
 
 
 def _place(file: str, line: int | None, path: Path) -> str:
-    """File and line; the user's own file under the name that the recipe gives it."""
+    """File and line; the user's own file is named as in the recipe."""
     return f"{path if Path(file) == path.absolute() else file}:{line}"

@@ -1,10 +1,9 @@
-"""Opening a role bank: which weights are shared, which are separate, and what each trained part starts from.
+"""Open a role bank: which weights are shared, which are separate, and how each trained part is initialized.
 
-Where the policy is fully tuned, it is the trunk and the reference; the policy trained is a new adapter, whose first
-logits are the trunk's. Where it is an adapter, its base is the trunk, with a trained and a frozen copy of that adapter.
-Reward models that are adapters on those same weights come onto the trunk; others are loaded in addition, two adapters
-on the same other weights with one trunk. With `tuning.method` full the policy is a copy of its own, and so is the
-critic.
+If the policy is fully tuned, it is the trunk and the reference, and a new adapter is trained, which starts with the
+trunk's logits. If it is an adapter, its base is the trunk, with a trained and a frozen copy of that adapter.
+Reward models that are adapters on the same weights share the trunk. Others are loaded separately; two adapters on the
+same other weights share one trunk. With `tuning.method` full, the policy and the critic are separate copies.
 """
 
 import logging
@@ -80,15 +79,14 @@ def open_roles(
     device: str = "auto",
     checkpointing: bool = False,
 ) -> RoleBank:
-    """A bank with a policy, a reference, a critic and these reward models: artifacts, folders or hub names; may be
-    none.
+    """Open a bank with a policy, a reference, a critic and reward models (artifacts, folders or Hub names; or none).
 
-    Policy None starts from the base. A separate critic starts from the helpfulness model, else from the safety
-    model, else from the policy with a head of zeros; a shared one from the policy with a head of zeros, since a reward
-    model's head means nothing on the policy's states. The judge has no part in training. With "none" the policy is
-    trained without one. With critic None nothing is trained: there are the policy and the reward models alone, without
-    reference. `seed` draws what is new. The log says which reward models share the trunk, and the bytes of those that
-    do not.
+    With policy None, training starts from the base. A separate critic starts from the helpfulness model, else from the
+    safety model, else from the policy with a zero head; a shared one always from the policy with a zero head, since a
+    reward model's head is meaningless on the policy's states. The judge does not take part in training. Critic "none"
+    trains the policy without one; critic None trains nothing and opens only the policy and the reward models, without
+    a reference. `seed` initializes new weights. The log lists the reward models that share the trunk, and the bytes of
+    the others.
     """
     opening = _Opening(base, tuning, seed, device_of(device), *proved_start(base, tuning, policy))
     opening.place_policy(policy, with_reference=critic is not None)
@@ -99,13 +97,13 @@ def open_roles(
 
 @dataclass(slots=True)
 class _Trunk:
-    """Weights that several adapters can be put on."""
+    """Weights that several adapters can share."""
 
     root: "Root"
     is_nf4: bool
 
     def carries(self, model: "_RewardSource") -> bool:
-        """Whether the model is an adapter that was trained on these very weights, as `load_policy` checks it."""
+        """Whether the model is an adapter trained on exactly these weights, checked as in `load_policy`."""
         if model.artifact is None or not model.is_adapter or (model.details["method"] == "qlora") != self.is_nf4:
             return False
         if model.details["rope_parameters"] != rope_parameters(self.root.config):
@@ -122,8 +120,8 @@ class _RewardSource:
     """A reward model before it is loaded."""
 
     place: Path | str
-    artifact: Artifact | None  # None of a plain model
-    details: Mapping[str, Any]  # of an adapter: its manifest's, checked
+    artifact: Artifact | None  # None for a plain model
+    details: Mapping[str, Any]  # for an adapter: those of its manifest, checked
 
     @property
     def is_adapter(self) -> bool:
@@ -139,7 +137,7 @@ class _Opening:
     location: str
     chat_format: ChatFormat
     slots: dict[Role, RoleSlot] = field(default_factory=dict)
-    trunks: list[_Trunk] = field(default_factory=list)  # those that adapters can be put on, the policy's first
+    trunks: list[_Trunk] = field(default_factory=list)  # shareable ones, the policy's first
     reward_models: dict[RewardRole, RewardModel] = field(default_factory=dict)
     other_vocabulary: set[RewardRole] = field(default_factory=set)
     shapes: dict[Role, "LoraConfig"] = field(default_factory=dict)  # of the adapters
@@ -149,7 +147,7 @@ class _Opening:
     critic_begins_as: RewardRole | None = None
 
     def place_policy(self, policy: Artifact | None, *, with_reference: bool) -> None:
-        """Policy and reference."""
+        """Load the policy and the reference."""
         self.base_name = self.location
         if self.tuning.method == "full":
             own = self._load_base()
@@ -180,7 +178,7 @@ class _Opening:
             )
 
     def place_reward_models(self, sources: Mapping[RewardRole, Source]) -> None:
-        """Each on an existing trunk, or on its own."""
+        """Load each reward model onto a loaded trunk or its own."""
         models: dict[RewardRole, _RewardSource] = {
             role: _reward_source(sources[role]) for role in REWARD_ROLES if role in sources
         }
@@ -193,7 +191,7 @@ class _Opening:
         )
 
     def place_critic(self, critic: CriticKind, sources: Mapping[RewardRole, Source]) -> nn.Linear:
-        """The critic's trunk or adapter; returns its head, which starts as the reward model's or with zeros."""
+        """Create the critic's trunk or adapter; return its head, copied from a reward model or zero."""
         readable: list[RewardRole | None] = [
             role for role in CRITIC_BEGINS_AS if self.slots.get(role) and role not in self.other_vocabulary
         ]
@@ -217,7 +215,7 @@ class _Opening:
         return head
 
     def bank(self, critic: CriticKind | None, value_head: nn.Linear | None, *, checkpointing: bool) -> RoleBank:
-        """Everything frozen but what is trained, and all of it in evaluation mode."""
+        """Freeze everything except the trained weights and set evaluation mode."""
         assert self.policy_model is not None, "the policy is placed first"
         models: list[nn.Module] = [self.policy_model]
         models += [part for part in (self.reference, value_head) if part is not None]
@@ -257,7 +255,7 @@ class _Opening:
         return load_base(self.base, source=self.location, device=self.device, is_nf4=is_nf4)
 
     def _place_adapter(self, role: RewardRole, model: "_RewardSource", trunk: _Trunk) -> None:
-        """A reward model as one more adapter on a trunk that is there already."""
+        """Load a reward model as another adapter on a loaded trunk."""
         artifact, root = model.artifact, trunk.root
         assert artifact is not None, "an adapter is an artifact of ours"
         self.shapes[role] = shape_in(artifact.path)
@@ -272,7 +270,7 @@ class _Opening:
         log.debug("%s: %s is an adapter on weights that are loaded already", role, name)
 
     def _load_beside(self, role: RewardRole, model: "_RewardSource") -> _Trunk | None:
-        """A reward model with weights of its own; returns its trunk where further adapters can be put on it."""
+        """Load a reward model with its own weights; return its trunk if other adapters can share it."""
         allow_unproved = self.base.allow_unproved_tokenizer
         how: dict[str, Any] = {
             "device": self.device,
@@ -302,7 +300,7 @@ class _Opening:
         return trunk
 
     def _copy_of(self, role: Role, name: Literal["critic", "reference"], root: "Root") -> RoleSlot:
-        """A new adapter beside a role's, of its shape and values; on a trunk without one, of the recipe's shape."""
+        """Copy a role's adapter to a new one on the same trunk; if there is none, create one of the recipe's shape."""
         slot = self.slots[role]
         shape = self.shapes.get(role) or self.shapes["policy"]
         add_adapter(root, name, shape, seed=self.seed)
@@ -311,7 +309,7 @@ class _Opening:
         return RoleSlot(slot.trunk, name)
 
     def _own_weights(self, role: RewardRole, source: Source) -> "LlamaModel | None":
-        """A copy of a reward model's weights, its adapter merged into it; None of 4-bit ones, which cannot train."""
+        """A copy of a reward model's weights with its adapter merged; None for 4-bit weights, which cannot train."""
         slot = self.slots[role]
         if nf4.compute_dtype(self._root_of(slot.trunk)):
             return None
@@ -328,7 +326,7 @@ class _Opening:
 
 
 def _reward_source(source: Source) -> _RewardSource:
-    """The reward model's artifact in a folder; a plain model or a hub name has none."""
+    """The reward model's artifact, if the folder is one; plain models and Hub names have none."""
     folder = Path(from_home(str(source.path if isinstance(source, Artifact) else source)))
     artifact = source if isinstance(source, Artifact) else None
     if artifact is None and (folder / MANIFEST).is_file():
@@ -339,17 +337,17 @@ def _reward_source(source: Source) -> _RewardSource:
 
 
 def _scorer(root: "Root", head: nn.Linear) -> ScoringLlama:
-    """A reward model made of a trunk that others use too, and a head of its own."""
+    """A reward model from a shared trunk and its own head."""
     config = deepcopy(root.config)
     config.num_labels, config.pad_token_id = 1, FILLER_ID
-    with torch.device("meta"):  # its own weights are never made
+    with torch.device("meta"):  # its own weights are never allocated
         model = ScoringLlama(config)
     model.model, model.score = root.model, head
     return model
 
 
 def _head(trunk: "LlamaModel", *, dtype: torch.dtype, has_bias: bool) -> nn.Linear:
-    """A linear head of one output on a trunk, all zeros; torch's random state is left alone."""
+    """A linear head with one output for a trunk, all zeros; does not change torch's random state."""
     head = nn.utils.skip_init(nn.Linear, trunk.config.hidden_size, 1, bias=has_bias, dtype=dtype, device=trunk.device)
     for weight in head.parameters():
         nn.init.zeros_(weight)
@@ -357,7 +355,7 @@ def _head(trunk: "LlamaModel", *, dtype: torch.dtype, has_bias: bool) -> nn.Line
 
 
 def _same_ids(one: ChatFormat, other: ChatFormat) -> bool:
-    """Whether both formats give every dialog the same token ids."""
+    """Whether both formats encode every dialog to the same token ids."""
     if one.name != other.name or one.tokenizer.control != other.tokenizer.control:
         return False
     models = (one.tokenizer.sentencepiece_model, other.tokenizer.sentencepiece_model)

@@ -1,8 +1,8 @@
-"""Reward models: a policy with a scalar head on the last token in place of its language-model head.
+"""Reward models: a policy with a scalar head on the last token instead of its language-model head.
 
-Built from the policy (Llama 2, arXiv:2307.09288, section 3.2.2: from chat checkpoints), saved as plain transformers and
-PEFT load it, loaded and asked for scores. Reads and writes the artifacts of kind `reward_model`, whose manifest has the
-details that a policy's has; also reads a model with one label that others made.
+Built from the policy (Llama 2, arXiv:2307.09288, section 3.2.2: from chat checkpoints), saved in the formats of plain
+transformers and PEFT, loaded and used for scoring. Reads and writes artifacts of kind `reward_model`, whose manifests
+have the same details as a policy's; also reads other models with one label.
 Shapes: N sequences, B rows, T positions. The head starts at zero, so before training every score is 0 and the
 ranking loss is log 2.
 """
@@ -60,50 +60,50 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HEAD = "score"  # transformers' name of it
+HEAD = "score"  # the head's name in transformers
 HEAD_WEIGHT = f"{HEAD}.weight"
 PLAIN_CLASS = "LlamaForSequenceClassification"
 
 
 @dataclass(frozen=True, slots=True)
 class RewardStart:
-    """A reward model before its training, whose trainable weights are those that `tuning.method` names, and the head."""
+    """A reward model before training; the weights selected by `tuning.method` and the head are trainable."""
 
     model: "Scorer"
     chat_format: ChatFormat
-    trunk: str  # folder or hub name of the weights under an adapter, or of those that all are trained
-    frozen_digest: str | None  # of the trunk under an adapter: it must be the same when training ends
+    trunk: str  # folder or Hub name of the weights under an adapter, or of the initial weights in full tuning
+    frozen_digest: str | None  # of the trunk under an adapter, which training must not change
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def language_head(self) -> Tensor:
-        """The language-model head [V, D] of the weights that training began from, read from their files; frozen."""
+        """The frozen language-model head [V, D] of the initial weights, read from their files."""
         return language_head(nf4.model_folder(self.trunk)).to(self.device)
 
 
 @dataclass(frozen=True, slots=True)
 class RewardModel:
-    """A reward model ready to score."""
+    """A reward model ready for scoring."""
 
     model: "Scorer"
     tokenizer: Tokenizer
     chat_format: ChatFormat
-    max_tokens: int  # of a whole dialog, as it was trained
-    system: str | None  # the system text it was trained with, for dialogs that bring none
+    max_tokens: int  # of a whole dialog, as in training
+    system: str | None  # the system text of its training, for dialogs without one
     name: str
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The ids that are scored of a dialog that ends with an answer, its oldest pairs left out where it is too long.
+        """Encode a dialog that ends with an answer for scoring; the oldest pairs are dropped if it is too long.
 
-        Raises `DialogError` where the dialog breaks a rule or its last pair alone is too long.
+        Raises `DialogError` if the dialog violates a rule or its last pair alone is too long.
         """
         check_messages(messages, ends_with="assistant")
         return self.encode_answers(messages[:-1], messages[-1:])[0]
 
     def encode_answers(self, prompt: Sequence[Message], answers: Sequence[Message]) -> list[tuple[int, ...]]:
-        """The ids of each answer to one prompt, without the pairs that one of them has no room for: as in training."""
+        """Encode each answer to one prompt, dropping the same pairs for all until each fits, as in training."""
         prompt = with_system(prompt, self.system)
         dialogs = shorten_alike(self.chat_format, [(*prompt, answer) for answer in answers], max_tokens=self.max_tokens)
         if dialogs is None:
@@ -116,7 +116,7 @@ class RewardModel:
         return [self.chat_format.encode_dialog(dialog, train_on=TrainOn.LAST_ANSWER).input_ids for dialog in dialogs]
 
     def score(self, dialogs: Sequence[Sequence[Message]]) -> list[float]:
-        """The score of each dialog's last answer, raw: the sigmoid is not taken."""
+        """The raw score of each dialog's last answer, before any sigmoid."""
         return self.score_ids([self.encode(dialog) for dialog in dialogs]).tolist()
 
     def score_ids(
@@ -126,14 +126,14 @@ class RewardModel:
         row_tokens: int | None = None,
         advance: Callable[[int], object] | None = None,
     ) -> Tensor:
-        """Scores [N], fp32 on the CPU, of token rows; `score_rows` of this model."""
+        """Scores [N], fp32 on the CPU, of token rows: `score_rows` with this model."""
         return score_rows(self.model, rows, row_tokens=row_tokens, advance=advance)
 
 
 def build_reward_model(
     base: Base, tuning: Tuning, *, policy: Artifact | None, seed: int, device: str = "auto"
 ) -> RewardStart:
-    """The policy with a new head, ready for training: all its weights, a copy of its adapter, or a new adapter."""
+    """Add a new head to the policy for training: on all its weights, a copy of its adapter, or a new adapter."""
     location, chat_format = proved_start(base, tuning, policy)
     continued = policy if policy is not None and is_adapter(policy) else None
     details: Mapping[str, Any] = {} if continued is None else checked_details(continued)
@@ -162,20 +162,20 @@ def build_reward_model(
 
 
 def reward_trunk_digest(model: "Scorer") -> str:
-    """SHA-256 of all weights under head and adapter: equal = none of them has moved."""
+    """SHA-256 of all weights under head and adapter; equal digests mean that none has changed."""
     adapted: Any = model
     scoring = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
     return trunk_digest(scoring.model)
 
 
 def save_reward_model(model: "Scorer", folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write the weights so that `AutoModelForSequenceClassification`, and PEFT where there is an adapter, load them.
+    """Write the weights so that `AutoModelForSequenceClassification`, with PEFT for an adapter, loads them.
 
     `weights` as in `save_policy`.
     """
     save_policy(model, folder, weights)
     if hasattr(model, "get_base_model"):  # PEFT's
-        # PEFT adds every name that a head may have, some of them twice.
+        # PEFT lists every name that a head may have, some of them twice.
         _edit(folder / "adapter_config.json", {"modules_to_save": [HEAD]})
     else:
         _edit(folder / "config.json", {"architectures": [PLAIN_CLASS], "use_cache": False})
@@ -190,9 +190,9 @@ def load_reward_model(
     is_trainable: bool = False,
     allow_unproved: bool = False,
 ) -> RewardModel:
-    """The reward model of an artifact, or of a folder or hub name with a plain Llama model of one label.
+    """Load the reward model of an artifact, or a plain Llama model with one label from a folder or Hub name.
 
-    With `allow_unproved` the plain model's tokenizer may have other ids than Llama 2's, with a warning.
+    With `allow_unproved`, the plain model's tokenizer may have other ids than Llama 2's; this logs a warning.
     """
     device = device_of(device)
     if is_plain_model(path):
@@ -226,9 +226,9 @@ def _load_plain(
 
 
 def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool = True, **how: Any) -> ScoringLlama:
-    """The weights of a folder in a model with a head, which starts at zero where there is none."""
+    """Load a folder's weights into a model with a head, which is zero if the folder has none."""
     config.num_labels = 1
-    config.pad_token_id = FILLER_ID  # rows are read at their ends; `write_tokenizer` writes the tokenizer's own
+    config.pad_token_id = FILLER_ID  # scores are read at the ends of rows; `write_tokenizer` writes the real pad id
     model: ScoringLlama = load_llama(
         location, config, kind=ScoringLlama, may_lack=() if has_head else (HEAD_WEIGHT,), **how
     )
@@ -238,10 +238,10 @@ def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool = True
 
 
 def _load_trunk(location: str, config: "LlamaConfig", **how: Any) -> ScoringLlama:
-    """A trunk for an adapter, with a new head and the digest by which an artifact is matched to its base.
+    """Load a trunk for an adapter, with a new head and the digest that matches an artifact to its base.
 
-    The digest is the one that a policy on this base has. It is taken from the folder, since the language-model head, a
-    part of it, is not in this model.
+    The digest is the same as a policy's on this base. It is computed from the folder, since it includes the
+    language-model head, which this model does not have.
     """
     model = _load_scoring(location, config, has_head=False, **how)
     if nf4.source_digest(model) is None:
@@ -252,7 +252,7 @@ def _load_trunk(location: str, config: "LlamaConfig", **how: Any) -> ScoringLlam
 
 
 def _copy_adapter(adapted: "PeftModel", policy: Artifact) -> None:
-    """Give the new adapter the values of the policy's, which has the same shape."""
+    """Copy the values of the policy's adapter to the new one, which has the same shape."""
     weights = file_weights(policy.path / ADAPTER_WEIGHTS)
     policy_weights = {name.replace(".weight", ".default.weight"): weight for name, weight in weights}
     own = {name: weight for name, weight in adapted.named_parameters() if ".lora_" in name}

@@ -1,16 +1,15 @@
-"""The five roles of PPO, and the judge, on as few weights as possible: one trunk, an adapter and a head for each.
+"""The five roles of PPO and the judge, with as few weights as possible: one trunk, an adapter and a head for each role.
 
-policy (trained), reference (the policy as it began), critic (trained), helpfulness, safety and judge (reward models).
-`llamachat.models.open_roles` makes the bank; `hidden` is the only way to run a role, so that adapters are switched in
-one place. Between calls the policy's adapter is the active one: what samples from `policy_model()` needs to know
-nothing of roles.
+policy (trained), reference (the initial policy), critic (trained), helpfulness, safety and judge (reward models).
+`llamachat.models.open_roles` creates the bank. `hidden` is the only way to run a role, so that adapters are switched in
+one place. Between calls the policy's adapter is active, so code that samples from `policy_model()` need not know about
+roles.
 
-Adapters are PEFT's layers, without its switches: `set_adapter` makes the named adapter trainable and freezes all others,
-and leaving `disable_adapter()` does so again (https://github.com/huggingface/peft/issues/3447). So `switch` sets the two
-fields of a layer that PEFT's own switches write; `requires_grad` is set once, when the bank is opened.
-There is no dropout: modules stay in evaluation mode, since with dropout the ratio of new to old probabilities would not
-begin at 1. A checkpointed block that is computed again during `backward` is computed with the adapter of its forward
-pass, whatever role has run since.
+Adapters are PEFT layers, but not switched with PEFT: `set_adapter` makes the named adapter trainable and freezes all
+others, and so does leaving `disable_adapter()` (https://github.com/huggingface/peft/issues/3447). So `switch` sets the
+two fields of a layer that PEFT would set; `requires_grad` is set once, when the bank is opened.
+Dropout is off: modules stay in evaluation mode, as dropout would make the ratio of new to old probabilities start away
+from 1. A checkpointed block is recomputed in `backward` with its forward pass's adapter, whatever role has run since.
 Shapes: B rows, T positions, D hidden size, N sequences or positions that are read.
 """
 
@@ -48,21 +47,21 @@ RewardRole = Literal["helpfulness", "safety", "judge"]
 CriticKind = Literal["separate", "shared", "none"]
 Trained = Literal["policy", "critic"]
 REWARD_ROLES: tuple[RewardRole, ...] = ("helpfulness", "safety", "judge")
-CRITIC_BEGINS_AS: tuple[RewardRole, ...] = ("helpfulness", "safety")  # the first that there is; the judge only tells
+CRITIC_BEGINS_AS: tuple[RewardRole, ...] = ("helpfulness", "safety")  # the first available; never the judge
 FILE_PREFIX = "base_model.model."  # of every name in PEFT's files
 TRUNK_PREFIX = f"{FILE_PREFIX}model."
 
 
 @dataclass(frozen=True, slots=True)
 class RoleSlot:
-    """Where a role sits: a trunk, and the name of its adapter there; None is the trunk as it is."""
+    """The location of a role: a trunk and the name of its adapter there (None: the trunk without adapter)."""
 
     trunk: "LlamaModel"
     adapter: str | None
 
 
 class RoleBank:
-    """All roles, ready to run. Made by `open_roles`, which has set what requires gradients."""
+    """All roles, ready to run. Created by `open_roles`, which has set `requires_grad`."""
 
     def __init__(
         self,
@@ -79,11 +78,13 @@ class RoleBank:
         critic_begins_as: RewardRole | None,
         checkpointing: bool,
     ) -> None:
-        """`critic` is None where nothing is trained, "none" where the policy is and there is no critic: `value_head` is None in
-        both; `critic_begins_as` is the reward model whose head the
-        critic's is a copy of (None: it is zeros); `other_vocabulary` are the reward models that do not read the policy's
-        token ids; `base` is the folder or hub name of the weights under the policy's adapter, or that the policy began as. With `checkpointing`, blocks keep only their input for a backward pass and are computed again
-        in it.
+        """Take the models that `open_roles` has prepared.
+
+        `critic` is None if nothing is trained and "none" if the policy is trained without one; `value_head` is None
+        in both cases. `critic_begins_as` is the reward model whose head the critic's copies (None: zeros).
+        `other_vocabulary` lists the reward models that do not read the policy's token ids. `base` is the folder or Hub
+        name of the weights under the policy's adapter, or of the initial policy. `checkpointing` recomputes blocks in
+        the backward pass.
         """
         self.critic: CriticKind | None = critic
         self.critic_begins_as = critic_begins_as
@@ -114,20 +115,20 @@ class RoleBank:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The roles that there are; the critic is one also where it shares the policy's trunk pass."""
+        """The available roles, including a critic that shares the policy's forward pass."""
         return tuple(self._slots)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device for token ids."""
         return self._slots["policy"].trunk.device
 
     def hidden(self, role: Role, batch: Mapping[str, Tensor]) -> Tensor:
-        """Final hidden states [B, T, D], in the trunk's dtype, of packed rows or of rows padded on the right.
+        """Final hidden states [B, T, D], in the trunk's dtype, of packed rows or of right-padded rows.
 
-        `batch` has input_ids [B, T] and, where a row holds several sequences, position_ids that restart at 0 with each;
-        other keys are not read, and there is no attention mask. Of policy and critic the states carry gradients where
-        torch records them; of the others never. A shared critic's are the policy's.
+        `batch` has input_ids [B, T] and, if a row contains several sequences, position_ids that restart at 0 for each;
+        other keys are ignored, and there is no attention mask. Only the states of policy and critic carry gradients, if
+        torch records them. For a shared critic, they are the policy's.
         """
         slot = self._slots[role]
         records = role in ("policy", "critic") and torch.is_grad_enabled()
@@ -140,7 +141,7 @@ class RoleBank:
         return self._value_head is not None
 
     def lm_head(self, role: LanguageRole) -> nn.Module:
-        """From hidden states to logits [.., V]. One module for both, unless all of the policy's weights train."""
+        """Maps hidden states to logits [.., V]. Both roles share a module, unless all of the policy's weights train."""
         return self._heads[role]
 
     def values(self, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
@@ -148,14 +149,14 @@ class RoleBank:
         return self.values_of(self.hidden("critic", batch).flatten(0, 1)[positions])
 
     def values_of(self, hidden: Tensor) -> Tensor:
-        """The critic's values [..], fp32, of hidden states [.., D] that `hidden` gave for it: for a shared critic, those
-        of the policy, so that one pass serves both."""
+        """The critic's values [..], fp32, of states [.., D] from `hidden`: for a shared critic the policy's, so one pass
+        serves both."""
         assert self._value_head is not None, "the bank has a critic"
         return read_out(self._value_head, hidden)
 
     @torch.no_grad()
     def scale_critic(self, *, mean: float, std: float) -> None:
-        """Fold a whitening into the critic: from now on a value is (value - mean) / std of what it was."""
+        """Fold whitening into the critic: a value becomes (value - mean) / std."""
         assert std > 0, "scores that are all the same are not whitened"
         assert self._value_head is not None, "the bank has a critic"
         self._value_head.weight.div_(std)
@@ -171,27 +172,27 @@ class RoleBank:
     ) -> Tensor:
         """Raw scores [N], fp32 on the CPU, of token rows that each end with an answer; as `score_rows`, no gradients.
 
-        The ids must be in the model's own vocabulary: the policy's where `reads_policy_ids`, else from
+        The ids must be in the reward model's vocabulary: the policy's ids if `reads_policy_ids`, else those of
         `reward_model(role).encode(messages)`.
         """
         with _Activated(self, self._slots[role]):
             return score_rows(self._reward_models[role].model, rows, row_tokens=row_tokens, advance=advance)
 
     def reward_model(self, role: RewardRole) -> RewardModel:
-        """How a role reads dialogs: `encode`, `max_tokens`, `system`, `name`. Its scores come from `scores` alone."""
+        """How a role reads dialogs: `encode`, `max_tokens`, `system`, `name`. Use `scores` for its scores."""
         return self._reward_models[role]
 
     def reads_policy_ids(self, role: RewardRole) -> bool:
-        """Whether token ids mean the same text to the role's model as to the policy."""
+        """Whether the role's model has the policy's vocabulary."""
         return role not in self._other_vocabulary
 
     def policy_model(self) -> "LanguageModel":
-        """The model that answers are sampled from, always with the policy's weights. A rollout engine reads it at each
-        `refresh`; nothing else runs it, and nothing sets its mode or its `requires_grad`."""
+        """The model to sample from, always with the policy's weights. A rollout engine reads it at each `refresh`;
+        nothing else may run it or change its mode or `requires_grad`."""
         return self._policy_model
 
     def trainable(self) -> dict[Trained, list[nn.Parameter]]:
-        """What is trained, in a fixed order, for the optimizer; asserts that these and no others require gradients."""
+        """The trained parameters in a fixed order, for the optimizer; asserts that only these require gradients."""
         trained = {id(weight) for weights in self._trained.values() for weight in weights.values()}
         for index, module in enumerate(self._modules()):
             for name, weight in module.named_parameters():
@@ -200,7 +201,7 @@ class RoleBank:
         return {role: list(weights.values()) for role, weights in self._trained.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained weights by name ("policy.<..>", "critic.<..>"): not copied, so save or clone them at once."""
+        """The trained weights by name ("policy.<..>", "critic.<..>"), not copied: save or clone them immediately."""
         return {
             f"{role}.{name}": weight.detach()
             for role, weights in self._trained.items()
@@ -208,11 +209,11 @@ class RoleBank:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put back, in place, what `state_dict` gave in a bank of the same recipe."""
+        """Load, in place, a `state_dict` of a bank of the same recipe."""
         fill(self.state_dict(), state)
 
     def frozen_digest(self) -> str:
-        """SHA-256 of all weights that are not trained: equal before and after = none of them has moved."""
+        """SHA-256 of all frozen weights; equal digests before and after mean that none has changed."""
         trained = {weight.data_ptr() for weights in self._trained.values() for weight in weights.values()}
         digest = sha256()
         for index, module in enumerate(self._modules()):
@@ -223,11 +224,11 @@ class RoleBank:
         return digest.hexdigest()
 
     def save_policy(self, folder: Path) -> None:
-        """Write the policy as `llamachat.models.loading.save_policy` does, without the other roles."""
+        """Write only the policy, with `llamachat.models.loading.save_policy`."""
         save_policy(self._policy_model, folder)
 
     def policy_details(self, *, max_tokens: int, system: str | None) -> dict[str, Any]:
-        """What the manifest of a policy published from here says about it."""
+        """The manifest's details about a policy published from this bank."""
         how: dict[str, Any] = {"base": self.base, "chat_format": self.chat_format.name}
         return policy_details(self._policy_model, **how, max_tokens=max_tokens, system=system)
 
@@ -262,7 +263,7 @@ class RoleBank:
         return own | head
 
     def _modules(self) -> list[nn.Module]:
-        """Everything that holds weights; a language-model head may hold the embeddings once more."""
+        """All modules with weights; a tied language-model head contains the embeddings again."""
         scores = [cast(Any, model.model).score for model in self._reward_models.values()]
         value_head = [] if self._value_head is None else [self._value_head]
         modules = [*self._trunks.values(), *self._heads.values(), *value_head, *scores]
@@ -270,7 +271,7 @@ class RoleBank:
 
 
 class _Activated:
-    """A role at work: its adapter is the active one; afterwards the one before is. May be entered again."""
+    """Activate a role's adapter within a block and restore the previous one afterwards. Reentrant."""
 
     def __init__(self, bank: RoleBank, slot: RoleSlot) -> None:
         self._bank, self._slot = bank, slot
@@ -287,7 +288,7 @@ class _Activated:
 
 @contextmanager
 def _checkpointing(trunk: "LlamaModel", records: bool) -> Iterator[None]:
-    """Put the blocks into training mode, since transformers checkpoints only there; not the modules inside, so no dropout."""
+    """Set only the blocks to training mode, required for checkpointing in transformers; dropout inside stays off."""
     blocks = list(cast(Any, trunk.layers)) if records else []
     for block in blocks:
         block.training = True
@@ -299,7 +300,7 @@ def _checkpointing(trunk: "LlamaModel", records: bool) -> Iterator[None]:
 
 
 def adapter_layers(trunk: "LlamaModel") -> list[Any]:
-    """The projections of a trunk that hold adapters."""
+    """The projections of a trunk that have adapters."""
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in trunk.modules() if isinstance(module, LoraLayer)]
@@ -309,7 +310,7 @@ def adapter_layers(trunk: "LlamaModel") -> list[Any]:
 
 
 def switch(layers: Sequence[Any], adapter: str | None) -> None:
-    """Make this adapter the one that takes part in the forward pass; None: none does."""
+    """Activate this adapter in the forward pass (None: no adapter)."""
     for layer in layers:
         layer._disable_adapters = adapter is None
         if adapter is not None:
@@ -317,20 +318,20 @@ def switch(layers: Sequence[Any], adapter: str | None) -> None:
 
 
 def add_adapter(root: nn.Module, name: str, config: "LoraConfig", *, seed: int) -> None:
-    """A new adapter of this shape on the projections of a model, which adds nothing yet."""
+    """Add a new adapter of this shape to a model's projections; initially it does not change the output."""
     from peft import inject_adapter_in_model
 
     config = deepcopy(config)
-    config.modules_to_save = None  # heads are kept by the bank
+    config.modules_to_save = None  # the bank manages the heads
     with torch.random.fork_rng(devices=gpus()), catch_warnings():
-        simplefilter("ignore", UserWarning)  # that there is another adapter: that is what is wanted
+        simplefilter("ignore", UserWarning)  # about a second adapter, which is intended
         torch.manual_seed(seed)
         inject_adapter_in_model(config, root, adapter_name=name)
     nf4.cast_adapter(root)
 
 
 def shape_in(folder: Path) -> "LoraConfig":
-    """The shape of the adapter in a folder."""
+    """The shape of a folder's adapter."""
     from peft import LoraConfig
 
     config = LoraConfig.from_pretrained(str(folder))
@@ -348,14 +349,14 @@ def shape_of(model: "PeftModel") -> "LoraConfig":
 
 
 def adapter_weights(trunk: "LlamaModel", adapter: str) -> dict[str, nn.Parameter]:
-    """An adapter's weights by their names without the adapter's own: two adapters of one shape have the same."""
+    """An adapter's weights by name without the adapter's name, so that adapters of one shape have equal keys."""
     mark = f".{adapter}."
     named = trunk.named_parameters()
     return {name.replace(mark, "."): weight for name, weight in named if ".lora_" in name and mark in name}
 
 
 def weights_in(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The adapter's weights in a folder by the names of `adapter_weights`, and what was trained beside it."""
+    """A folder's adapter weights, named as in `adapter_weights`, and the other trained weights next to them."""
     adapter: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for name, weight in file_weights(folder / ADAPTER_WEIGHTS):
@@ -368,7 +369,7 @@ def weights_in(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @torch.no_grad()
 def fill(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Put these values into weights of the same names, in place and in the weights' dtype."""
+    """Copy these values to the weights of the same names, in place and in the weights' dtype."""
     assert weights.keys() == values.keys(), "an adapter's shape is read from where its values are"
     for name, weight in weights.items():
         weight.copy_(values[name])

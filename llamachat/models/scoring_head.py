@@ -1,11 +1,11 @@
-"""A Llama model with a scalar head in place of its language-model head, and the scores it gives.
+"""A Llama model with a scalar head instead of its language-model head, and scoring with it.
 
-The class is transformers' own with one more way to call it, so that wrappers (PEFT, data parallel) go through `forward`
-as they must. Saved, it is a plain `LlamaForSequenceClassification`. transformers computes a score in the model's dtype;
-here the head is computed in fp32; in fp32 the two agree. Scores are read at the last tokens of sequences: in one packed
-pass for training; for evaluation in padded groups, or, where the model attends by sequence (on a CPU), in packed passes
-that compute what rows begin alike with once. Padded rows need no attention mask, since causal attention never looks to the
-right, and without a mask it takes its fast path.
+The class extends transformers' own with one more way to call it, so that wrappers (PEFT, data parallel) go through
+`forward` as they must. It is saved as a plain `LlamaForSequenceClassification`. transformers computes scores in the
+model's dtype; here the head runs in fp32 (in an fp32 model the two agree). Scores are read at the last tokens of
+sequences: in one packed pass in training; in evaluation in padded groups or, with attention by sequence (on CPUs),
+in packed passes that compute common prefixes once. Padded rows need no attention mask, since causal attention never
+looks to the right; without a mask the fast path is used.
 Shapes: B rows, T positions, N sequences, D hidden.
 """
 
@@ -21,17 +21,17 @@ from llamachat.chat_format.tokenizer import FILLER_ID
 from llamachat.data.packing import pack_responses
 from llamachat.models.sequence_attention import attends_by_sequence
 
-# Tokens of a forward pass when only scores are wanted, padding included. Ours: memory, not measured speed, sets them.
+# Tokens per forward pass for scoring, padding included. Ours, limited by memory, not tuned for speed.
 CPU_ROW_TOKENS, GPU_ROW_TOKENS = 2048, 16384
-LEAST_SHARED = 8  # tokens that rows begin alike with, from which on they are computed once
+LEAST_SHARED = 8  # minimum common prefix, in tokens, that is computed once
 
 
 class ScoringLlama(LlamaForSequenceClassification):
-    """One score a sequence, read at the last token of each."""
+    """One score per sequence, read at its last token."""
 
     def forward(
         self,
-        input_ids: Any = None,  # a tensor; transformers' decorators hide the types of what is overridden
+        input_ids: Any = None,  # a tensor; transformers' decorators hide the overridden types
         attention_mask: Any = None,
         position_ids: Any = None,
         *arguments: Any,
@@ -39,9 +39,9 @@ class ScoringLlama(LlamaForSequenceClassification):
         states_at: Tensor | None = None,
         **named: Any,
     ) -> Any:
-        """As in transformers; with `ends` the scores [N] at these positions of the flattened rows, as `logits`.
+        """As in transformers; with `ends`, `logits` are the scores [N] at these positions of the flattened rows.
 
-        With `states_at` also the hidden states [.., D] at those positions, as `hidden_states`.
+        With `states_at`, `hidden_states` are the hidden states [.., D] at those positions.
         """
         if ends is None:
             return super().forward(input_ids, attention_mask, position_ids, *arguments, **named)
@@ -55,7 +55,7 @@ class ScoringLlama(LlamaForSequenceClassification):
 
 
 def read_out(head: nn.Module, hidden: Tensor) -> Tensor:
-    """One number [..] in fp32 of each hidden state [.., D], by a linear head of one output."""
+    """One fp32 number [..] for each hidden state [.., D], from a linear head with one output."""
     weight_1D, bias_1 = cast(Tensor, head.weight), cast(Tensor | None, getattr(head, "bias", None))
     with torch.autocast(hidden.device.type, enabled=False):
         bias_1 = None if bias_1 is None else bias_1.float()
@@ -63,17 +63,17 @@ def read_out(head: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def last_token_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Scores [N] in fp32 of the sequences of packed rows, or of rows padded on the right.
+    """Scores [N] in fp32 of the sequences in packed rows or right-padded rows.
 
-    `batch` has input_ids, the positions' indices `ends` of the last tokens in the flattened rows, and, where rows hold
-    several sequences, position_ids that restart at 0 with each. Without an attention mask, one row is packed, several are
-    padded: what lies behind a sequence's end is never seen from there.
+    `batch` has input_ids, `ends` (indices of the last tokens in the flattened rows) and, if rows contain several
+    sequences, position_ids that restart at 0 for each. Without a mask, one row is packed, several are padded: a
+    sequence never sees the tokens after its end.
     """
     return scores_and_states(model, batch)[0]
 
 
 def scores_and_states(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Scores [N] of such rows, and the hidden states [.., D] at `states_at` where `batch` has it."""
+    """Scores [N] of such rows, and the hidden states [.., D] at `states_at`, if `batch` has it."""
     names = ("input_ids", "position_ids", "ends", "states_at")
     output = model(**{name: batch[name] for name in names if name in batch})
     return output.logits, output.hidden_states
@@ -86,10 +86,10 @@ def score_rows(
     row_tokens: int | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Scores [N], fp32 on the CPU, of token rows in their order; the model is left in the mode it was in.
+    """Scores [N], fp32 on the CPU, of token rows in their order; the model keeps its mode.
 
-    Rows of similar length, or rows that begin alike, share a forward pass of at most `row_tokens` tokens, the longest
-    first: what does not fit in memory shows at once. In fp32 no score moves by more than 1e-5 with its neighbours.
+    Rows of similar length, or with common prefixes, share a forward pass of at most `row_tokens` tokens, the longest
+    first, so that running out of memory shows at once. In fp32, neighbours change no score by more than 1e-5.
     """
     device = next(model.parameters()).device
     if row_tokens is None:
@@ -111,7 +111,7 @@ def score_rows(
 
 
 def _padded_passes(rows: Sequence[Sequence[int]], row_tokens: int) -> Iterator[tuple[list[int], Mapping[str, Tensor]]]:
-    """Indices by falling length with their batch, in groups that padded to their longest have at most `row_tokens` tokens."""
+    """Yield groups of indices by decreasing length with their batch, each with at most `row_tokens` padded tokens."""
     for group in _filled([len(row) for row in rows], row_tokens, is_padded=True):
         width = len(rows[group[0]])
         ids_BT = torch.tensor([[*rows[index], *[FILLER_ID] * (width - len(rows[index]))] for index in group])
@@ -122,7 +122,7 @@ def _padded_passes(rows: Sequence[Sequence[int]], row_tokens: int) -> Iterator[t
 def _branching_passes(
     rows: Sequence[Sequence[int]], row_tokens: int
 ) -> Iterator[tuple[list[int], Mapping[str, Tensor]]]:
-    """Indices with their batch of one packed row, in which rows that begin alike are branches of the first of them."""
+    """Yield groups of indices with a packed row in which rows with a common prefix are branches of the first."""
     trees = _trees(rows, row_tokens)
     lengths = [sum(len(rows[index]) - shared for index, shared in tree) for tree in trees]
     for group in _filled(lengths, row_tokens, is_padded=False):
@@ -132,20 +132,21 @@ def _branching_passes(
 
 
 def _trees(rows: Sequence[Sequence[int]], row_tokens: int) -> list[list[tuple[int, int]]]:
-    """Every index with the number of tokens that it shares with the first of its tree, which shares none.
+    """Group the indices into trees, each with the length of the prefix shared with the tree's first row (0 for it).
 
-    Together the tokens of a tree that are not shared are at most `row_tokens`, unless it is one row.
+    The unshared tokens of a tree are at most `row_tokens`, unless it is a single row.
     """
+    order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))  # rows with common prefixes are adjacent
     order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))  # rows that begin alike are neighbours
     trees: list[list[tuple[int, int]]] = []
     room = 0
     for place, index in enumerate(order):
         row = rows[index]
         shared = _alike(rows[trees[-1][0][0]], row) if trees else 0
-        # A row that shares much more with the next one begins a tree for both.
+        # A row that shares much more with the next one starts a new tree.
         after = _alike(row, rows[order[place + 1]]) if place + 1 < len(order) else 0
         if trees and shared == len(rows[trees[-1][-1][0]]):
-            shared -= 1  # without a jump of positions it would continue the row before it
+            shared -= 1  # without a jump in positions it would continue the previous row
         if shared < LEAST_SHARED or after >= 2 * shared or len(row) - shared > room:
             trees.append([])
             shared, room = 0, row_tokens
@@ -155,13 +156,13 @@ def _trees(rows: Sequence[Sequence[int]], row_tokens: int) -> list[list[tuple[in
 
 
 def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that both begin with, without the last of the second."""
+    """Length of the common prefix, excluding the last token of the second row."""
     most = min(len(one), len(other) - 1)
     return next((place for place in range(most) if one[place] != other[place]), most)
 
 
 def _filled(lengths: Sequence[int], row_tokens: int, *, is_padded: bool) -> Iterator[list[int]]:
-    """Indices by falling length, in groups that have at most `row_tokens` tokens, those up to the longest counted if padded."""
+    """Yield groups of indices by decreasing length, at most `row_tokens` tokens each (including padding if padded)."""
     group: list[int] = []
     tokens = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):

@@ -1,9 +1,8 @@
-"""Attention over a packed row one sequence at a time, for CPUs: the scores between sequences are never computed.
+"""Attention over a packed row one sequence at a time, for CPUs: scores between sequences are never computed.
 
-The mask of a packed row throws away the scores between its sequences; without a fused kernel all of
-them are computed and read again in the backward pass, which is most of a small model's time. The numbers are those of
-transformers' eager attention, but for the order of some sums. A sequence may also branch: two answers to one prompt need
-its keys and values once.
+A packed row's mask discards the scores between sequences. Without a fused kernel they are still computed and read again
+in the backward pass, which dominates a small model's time. The results equal those of transformers' eager attention
+except for the order of some sums. A sequence may branch: two answers to one prompt compute its keys and values once.
 Shapes: B rows, H heads, T positions, D a head's width.
 """
 
@@ -21,24 +20,24 @@ NAME = "per_sequence"
 
 
 def use_sequence_attention(model: nn.Module) -> None:
-    """From here on the model attends so: packed rows ([1, T]) and rows padded on the right.
+    """Switch the model to this attention, for packed rows ([1, T]) and right-padded rows.
 
-    In a packed row position 0 begins a sequence. Positions that jump back to p > 0 begin a branch of it, which sees its first
-    p positions and itself.
+    In a packed row, position 0 starts a sequence. Positions that jump back to p > 0 start a branch, which sees the
+    sequence's first p positions and itself.
 
-    Rows with an attention mask are attended to as by transformers' eager attention.
+    Rows with an attention mask use transformers' eager attention.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
-    llama: Any = model  # PEFT's wrapper and transformers' models lie behind nn.Module's __getattr__
+    llama: Any = model  # nn.Module's __getattr__ hides PEFT's wrapper and transformers' models
     trunk = llama.get_base_model() if hasattr(llama, "get_base_model") else llama
     trunk.set_attn_implementation(NAME)
 
 
 def attends_by_sequence(model: nn.Module) -> bool:
-    """Whether `use_sequence_attention` was called on the model, or on the trunk that it shares."""
+    """Whether `use_sequence_attention` was called on the model or its shared trunk."""
     llama: Any = model
     root = llama.get_base_model() if hasattr(llama, "get_base_model") else llama
     return getattr(root, "model", root).config._attn_implementation == NAME
@@ -63,9 +62,9 @@ def _attention(
     position_ids: Tensor | None = None,
     **named: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of a layer, as transformers calls it: [B, H, T, D] in, [B, T, H, D] out."""
+    """A layer's attention function, with transformers' signature: [B, H, T, D] in, [B, T, H, D] out."""
     rate = dropout if module.training else 0.0
-    if attention_mask is not None or rate or key.shape[2] != query.shape[2]:  # a cache holds the keys before
+    if attention_mask is not None or rate or key.shape[2] != query.shape[2]:  # the last: earlier keys are in a cache
         from transformers.models.llama.modeling_llama import eager_attention_forward
 
         if attention_mask is None:
@@ -78,7 +77,7 @@ def _attention(
 
 
 def _mask_of(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor:
-    """What is added to the scores [Q, K]: of pieces, or of queries whose own keys are the last ones."""
+    """The additive mask [Q, K], from pieces, or for queries whose own keys are the last ones."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     lowest = torch.full((num_queries, num_keys), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
     if num_keys > num_queries:
@@ -91,7 +90,7 @@ def _mask_of(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor:
 
 
 def _one_row(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: list["_Piece"], scaling: float) -> Tensor:
-    """[T, H, D] of one row; H heads in groups that share one of K heads of keys and values."""
+    """Attention output [T, H, D] of one row; groups of the H heads share one of K key-value heads."""
     num_heads, total, width = query_HTD.shape
     query_KTGD = query_HTD.reshape(len(key_KTD), -1, total, width).transpose(1, 2).contiguous()
     result = _Attention.apply(query_KTGD, key_KTD.contiguous(), value_KTD.contiguous(), pieces, scaling)
@@ -100,16 +99,16 @@ def _one_row(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: list
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Queries at the positions `start` to `end` of a packed row, which see those of `keys`; the last of these are their own."""
+    """Queries at positions `start` to `end` of a packed row; they see `keys`, which end with their own."""
 
     start: int
     end: int
     keys: tuple[slice, ...]
-    mask_TT: Tensor  # added to the scores of their own keys: -inf where a query does not see them
+    mask_TT: Tensor  # added to the scores of their own keys: -inf for keys that a query does not see
 
     @property
     def count(self) -> int:
-        """Number of queries."""
+        """The number of queries."""
         return self.end - self.start
 
 
@@ -123,11 +122,11 @@ class _Part:
     shared: int
 
 
-_PIECES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the position ids that all layers of a pass are given
+_PIECES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by position ids, which all layers of a pass share
 
 
 def _pieces(position_ids: Tensor | None, query_BHTD: Tensor) -> list[_Piece]:
-    """The sequences and branches of one packed row; several rows hold one sequence each."""
+    """The sequences and branches of one packed row; several rows have one sequence each."""
     if position_ids is None or len(query_BHTD) > 1:
         return _cut(torch.arange(query_BHTD.shape[2], device=query_BHTD.device), query_BHTD.dtype)
     if position_ids not in _PIECES:
@@ -136,9 +135,9 @@ def _pieces(position_ids: Tensor | None, query_BHTD: Tensor) -> list[_Piece]:
 
 
 def _cut(positions_T: Tensor, dtype: torch.dtype) -> list[_Piece]:
-    """Small sequences together as far as `QUERY_BLOCK` positions hold them, since each piece costs a dozen kernels.
+    """Split a row into pieces. Small sequences share one of up to `QUERY_BLOCK` positions: each costs a dozen kernels.
 
-    Larger ones are a piece for each branch and each block of queries.
+    Larger sequences are split into a piece for each branch and block of queries.
     """
     total = len(positions_T)
     starts = [0, *((positions_T[1:] != positions_T[:-1] + 1).nonzero().flatten() + 1).tolist()]
@@ -163,7 +162,7 @@ def _cut(positions_T: Tensor, dtype: torch.dtype) -> list[_Piece]:
 
 
 def _block(parts: list[_Part], future_TT: Tensor) -> _Piece:
-    """One piece of whole sequences with their branches."""
+    """One piece from whole sequences with their branches."""
     start, end = parts[0].start, parts[-1].end
     mask_TT = future_TT.new_full((end - start, end - start), -torch.inf)
     for part in parts:
@@ -182,10 +181,10 @@ def _blocks_of_queries(part: _Part, future_TT: Tensor) -> Iterator[_Piece]:
 
 
 class _Attention(torch.autograd.Function):
-    """Softmax attention of the pieces of one row, with the products of their backward passes written out.
+    """Softmax attention over the pieces of one row, with a manual backward pass.
 
-    Autograd would keep scores in fp32 and in the model's width, and copies of all keys and values for each head. Kept are
-    the weights alone. Shapes: K key-value heads, T positions, G query heads of each, D a head's width.
+    Autograd would save scores in fp32 and in the model's dtype, and copies of all keys and values for each head; this
+    saves only the weights. Shapes: K key-value heads, T positions, G query heads per key-value head, D a head's width.
     """
 
     @staticmethod
@@ -212,7 +211,7 @@ class _Attention(torch.autograd.Function):
         query_KTGD, key_KTD, value_KTD, *kept = ctx.saved_tensors
         result_KTGD = gradients[0].contiguous()
         of_query = torch.empty_like(query_KTGD)
-        # Many pieces add to the keys and values of a shared beginning.
+        # Several pieces contribute to the keys and values of a shared prefix.
         of_key, of_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key_KTD, value_KTD))
         for piece, weights in zip(ctx.pieces, kept, strict=True):
             query, result = (tensor[:, piece.start : piece.end].flatten(1, 2) for tensor in (query_KTGD, result_KTGD))

@@ -1,4 +1,4 @@
-"""What a training may start from: the checks of policy and tuning that all stages share, and the proved tokenizer."""
+"""Checks of policy and tuning before training, shared by all stages, and the proved tokenizer."""
 
 import json
 import logging
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 
 def proved_start(base: Base, tuning: Tuning, policy: Artifact | None) -> tuple[str, ChatFormat]:
-    """Folder or hub name of the earlier policy, or else of the base, and the chat format on its proved tokenizer."""
-    if tuning.method == "qlora" and base.dtype != "bfloat16":  # TRL gives adapters on a quantised model bfloat16
+    """Folder or Hub name of the initial policy or, without one, of the base; and the chat format with its tokenizer."""
+    if tuning.method == "qlora" and base.dtype != "bfloat16":  # TRL casts adapters on quantized models to bfloat16
         raise ConfigError(
             f"base.dtype: {base.dtype}, but tuning.method is qlora. Over a 4-bit base products and adapters are "
             "bfloat16; the optimizer keeps fp32 masters. Set base.dtype to bfloat16, or tuning.method to lora."
@@ -46,19 +46,19 @@ def proved_start(base: Base, tuning: Tuning, policy: Artifact | None) -> tuple[s
     )
     if policy is None and (commit := commit_of(base.model)) and split_revision(base.model)[1] is None:
         log.info("%s is at commit %s of the hub; base.model=%s@%s pins it", base.model, commit, base.model, commit)
-    # Said once, of the base: a policy's tokenizer is the base's, and was compared with it when it was published.
+    # Only warn about the base: a policy's tokenizer is the base's, compared with it when the policy was published.
     if warning and policy is None:
         log.warning("%s", warning)
     return location, chat_format
 
 
 def is_adapter(artifact: Artifact) -> bool:
-    """Whether the weights of an artifact are an adapter, whose base is elsewhere."""
+    """Whether the artifact is an adapter, with its base stored elsewhere."""
     return artifact.manifest.details.get("method") in ("lora", "qlora")
 
 
 def fast_tokenizer(chat_format: ChatFormat, folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer that an artifact will ship, written to `folder`: TRL's trainers want one of transformers'."""
+    """Write the artifact's tokenizer to `folder` and load it with transformers, as TRL's trainers require."""
     from transformers import AutoTokenizer
 
     write_tokenizer(chat_format.tokenizer, folder, chat_format.chat_template)
@@ -66,9 +66,9 @@ def fast_tokenizer(chat_format: ChatFormat, folder: Path) -> "PreTrainedTokenize
 
 
 def shard_if_configured(model: nn.Module, tuning: Tuning) -> None:
-    """Divide the model over the processes where they were launched for that (configs/accelerate/fsdp2.yaml).
+    """Shard the model over the processes if they were launched with FSDP (configs/accelerate/fsdp2.yaml).
 
-    Raises ConfigError for adapters, whose frozen base is whole in each process.
+    Raises ConfigError for adapters, whose frozen base is replicated in each process.
     """
     if not distributed.are_sharded():
         return

@@ -1,7 +1,7 @@
-"""Attention over a packed row on a GPU: torch's flash attention for sequences of different lengths, which needs no mask.
+"""Attention over a packed row on a GPU with torch's variable-length flash attention, which needs no mask.
 
-`sdpa` computes all scores of a packed row under a mask of [T, T], which each layer keeps for its backward pass. Here the
-scores between sequences are neither computed nor masked. Rows that are not packed are attended to as by `sdpa`.
+`sdpa` computes all scores of a packed row under a [T, T] mask, which each layer saves for backward. This neither
+computes nor masks the scores between sequences. Rows that are not packed use `sdpa`.
 Shapes: B rows, H heads, T positions, D a head's width, S sequences of a row.
 """
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 NAME = "varlen"
-CAPABILITY = (8, 0)  # of the first cards that flash attention runs on
-_last: tuple[Tensor, tuple[Tensor, int]] | None = None  # position ids, and what follows from them
+CAPABILITY = (8, 0)  # minimum compute capability for flash attention
+_last: tuple[Tensor, tuple[Tensor, int]] | None = None  # position ids, and the sequences computed from them
 
 
 def can_use_varlen_attention(config: "LlamaConfig", dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel takes this model on this device."""
+    """Whether the kernel supports this model on this device."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -38,7 +38,7 @@ def can_use_varlen_attention(config: "LlamaConfig", dtype: torch.dtype, device: 
 
 
 def use_varlen_attention(model: nn.Module) -> None:
-    """From here on the model attends so: position 0 begins a sequence of a packed row ([1, T], without attention mask)."""
+    """Switch the model to this attention: position 0 starts a sequence of a packed row ([1, T], no attention mask)."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
@@ -66,7 +66,7 @@ def _attention(
     position_ids: Tensor | None = None,
     **named: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of a layer, as transformers calls it: [B, H, T, D] in, [B, T, H, D] out."""
+    """A layer's attention function, with transformers' signature: [B, H, T, D] in, [B, T, H, D] out."""
     is_row = query.shape[0] == 1 and key.shape[2] == query.shape[2] > 1
     if attention_mask is not None or position_ids is None or not is_row:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -94,9 +94,9 @@ def _attention(
 
 
 def _sequences(position_ids_1T: Tensor) -> tuple[Tensor, int]:
-    """Where the sequences of a row begin and the last one ends [S + 1], and the longest one's length.
+    """Where the sequences of a row start and the last one ends [S + 1], and the maximum length.
 
-    Found once for all layers of a forward pass and of its recomputation, since the host waits for it.
+    Computed once for all layers of a forward pass and its recomputation, since it makes the host wait.
     """
     global _last
     if _last is None or _last[0] is not position_ids_1T:

@@ -1,4 +1,4 @@
-"""The weights of a model and of a model folder under the same names, for digests and dtypes."""
+"""The weights of a model or model folder under the same names, for digests and dtypes."""
 
 from collections.abc import Iterator
 from hashlib import sha256
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from llamachat.errors import ArtifactError
 from llamachat.models.files import check_safetensors, weight_files
 
-COMPUTED = "rotary_emb.inv_freq"  # old checkpoints hold it; models compute it
+COMPUTED = "rotary_emb.inv_freq"  # stored in old checkpoints; models compute it
 
 
 def trunk_digest(
     trunk: nn.Module | Path, *, values_per_weight: int | None = None, dtype: torch.dtype | None = None
 ) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all weights but adapters: equal = no trunk weight has moved.
+    """SHA-256 over names, dtypes, shapes and bytes of all weights except adapters; equal digests mean equal trunks.
 
-    A model, with adapters or without, and the folder of the same model give the same digest. With
-    `values_per_weight`, of that number of evenly spread values of each weight: fast, and enough to distinguish two models;
-    with `dtype`, of the weights as they are after loading in it.
+    A model, with or without adapters, and its folder have equal digests. With `values_per_weight`, only that number of
+    evenly spaced values of each weight is hashed: fast, and enough to distinguish two models. With `dtype`, the weights
+    are hashed as loaded in it.
     """
     weights = folder_weights(trunk) if isinstance(trunk, Path) else module_weights(trunk)
     digest = sha256()
@@ -34,7 +34,7 @@ def trunk_digest(
 
 
 def module_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights of the trunk by their names in a model folder; those of adapters are left out."""
+    """Weights of the trunk by their names in a model folder, without adapters."""
     is_tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     for name, weight in model.state_dict().items():
         if ".lora_" in name or (is_tied and name.endswith("lm_head.weight")):
@@ -43,7 +43,7 @@ def module_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Weights of a model folder, in one file or in shards."""
+    """Weights of a model folder, from one file or shards."""
     for file in weight_files(folder):
         for key, weight in file_weights(file):
             if not key.endswith(COMPUTED):
@@ -65,7 +65,7 @@ def file_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def language_head(folder: Path) -> Tensor:
-    """The language-model head [V, D] of a model folder; where there is none it is tied to the embedding."""
+    """The language-model head [V, D] of a model folder; the embedding if the head is tied."""
     from safetensors import safe_open
 
     tensors: dict[str, Tensor] = {}

@@ -149,7 +149,7 @@ class RoleBank:
         return self.values_of(self.hidden("critic", batch).flatten(0, 1)[positions])
 
     def values_of(self, hidden: Tensor) -> Tensor:
-        """The critic's values [..], fp32, of states [.., D] from `hidden`: for a shared critic the policy's, so one pass
+        """The critic's values [..], fp32, of states [.., D] from `hidden`; a shared critic uses the policy's: one pass
         serves both."""
         assert self._value_head is not None, "the bank has a critic"
         return read_out(self._value_head, hidden)

@@ -1,4 +1,4 @@
-"""Rollouts: prompts in, sampled answers with their log-probabilities out."""
+"""Rollouts: sample answers to prompts, with their log-probabilities."""
 
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def open_engine(
     model: "LanguageModel", chat_format: "ChatFormat", rollout: "Rollout", *, rows_per_batch: int | None = None
 ) -> "LocalEngine":
-    """An engine that samples from the model; auto is our own wherever it can run the model, and never a server.
+    """Create an engine in this process that samples from the model; auto is our own if it supports the model.
 
-    `rows_per_batch` answers are sampled at once at most; None leaves that to the engine.
+    At most `rows_per_batch` answers are sampled at once; None leaves the choice to the engine.
     """
     if rollout.engine == "vllm":
         from llamachat.rollout.vllm import VllmEngine

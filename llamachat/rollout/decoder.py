@@ -1,8 +1,8 @@
-"""Our own rollout engine for Llama models: a decoder with a cache, which rows leave and enter as they finish.
+"""Our rollout engine for Llama models: a decoder with a key-value cache and continuous batching.
 
-A prompt is read once for all its samples. Prompts enter the longest first, so that rows in the cache are of similar
-length and what does not fit into memory fails at once. Randomness belongs to (seed, prompt, sample, position), as in
-the Hugging Face engine: in fp32 both draw the same tokens, in any batch.
+Each prompt is read once for all its samples. The longest prompts enter first, so that cached rows have similar lengths
+and running out of memory shows at once. Random numbers depend on (seed, prompt, sample, position), as in the Hugging
+Face engine: in fp32 both sample the same tokens, in any batch.
 """
 
 from collections import deque
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 ROWS_PER_BATCH = {"cpu": 80, "cuda": 512}
 PROJECTIONS = ("Linear", "Linear4bit")
-ENTER_SHARE = 8  # one in this many slots is free before prompts enter
+ENTER_SHARE = 8  # prompts enter when at least one in this many slots is free
 
 
-_keepers: "list[ref[LlamaEngine]]" = []  # at most one engine keeps a cache: two would share the room for one
+_keepers: "list[ref[LlamaEngine]]" = []  # at most one engine keeps its cache, since there is room for only one
 
 
 class LlamaEngine:
-    """Samples with weights of its own, those of the model at construction or at the last `refresh`."""
+    """Samples with its own copy of the weights, taken from the model at construction and by `refresh`."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class LlamaEngine:
         is_merged: bool | None = None,
         capture: Capture | None = None,
     ) -> None:
-        """`is_merged` None makes a merged copy of the projections where it fits.
+        """With `is_merged` None, merge a copy of the projections if it fits.
 
-        `capture` records the decode step; None makes CUDA graphs on a GPU, and records nothing elsewhere.
+        `capture` records the decode step; None uses CUDA graphs on a GPU and no recording elsewhere.
         """
         self._trunk = without_wrapper(model)
         device = self._trunk.device
@@ -69,22 +69,22 @@ class LlamaEngine:
         self._cache_gib = cache_gib
         self._rows_per_batch = rows_per_batch or ROWS_PER_BATCH.get(device.type, ROWS_PER_BATCH["cpu"])
         self._prompt_tokens = PROMPT_TOKENS_AT_ONCE.get(device.type, PROMPT_TOKENS_AT_ONCE["cpu"])
-        # The batch of recorded steps: a recording reads and writes its tensors, and serves later calls too.
+        # The batch of recorded steps: a recording reads and writes its tensors, and is reused by later calls.
         self._batch: LiveRows | None = None
-        self._is_whole_budget = False  # whether its cache is as large as there is room for
+        self._is_whole_budget = False  # whether its cache uses all the available memory
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt and its answer together that the model has positions for."""
+        """The model's maximum number of positions, prompt and answer together."""
         return context_length(self._trunk.config)
 
     def refresh(self, model: "LanguageModel") -> None:
-        """Take the model's present weights; it is of the shape that the engine was made for."""
+        """Copy the model's current weights; it must have the shape that the engine was created for."""
         if self._network.weights.refresh(model):
             self.release()
 
     def release(self) -> None:
-        """As `LocalEngine.release`: keys, values and recordings, which are kept where steps are recorded."""
+        """As `LocalEngine.release`: the cache and recordings, which are kept if steps are recorded."""
         self._batch = None
 
     def generate(
@@ -125,7 +125,7 @@ class LlamaEngine:
         batch, waiting = self._begin(prompts, numbers, samples_per_prompt, sampling, on_token)
         with evaluating(self._trunk):
             while waiting or batch.live:
-                # Reading a few prompts at a time costs more than the idle slots do.
+                # Prefilling a few prompts at a time costs more than leaving the slots idle.
                 enough = max(len(waiting[0].samples), batch.cache.rows // ENTER_SHARE) if waiting else 0
                 if waiting and (batch.free >= enough or batch.live == 0):
                     yield batch.enter(self._next_groups(batch, waiting))
@@ -142,7 +142,7 @@ class LlamaEngine:
         sampling: Sampling,
         on_token: Callable[[int], None] | None,
     ) -> tuple[LiveRows, deque[Group]]:
-        """An empty batch, and the groups that wait for it: the longest prompts first."""
+        """An empty batch and the groups waiting for it, longest prompts first."""
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         longest = min(len(prompts[order[0]]) + sampling.max_new_tokens, self.context)
         most = min(self._rows_per_batch, len(prompts) * samples_per_prompt)
@@ -167,7 +167,7 @@ class LlamaEngine:
         return batch, waiting
 
     def _batch_for(self, sampling: Sampling, *, rows: int, longest: int, prompt_tokens: int) -> LiveRows:
-        """A batch for rows of up to `longest` tokens: the kept one where its recordings serve and no more memory is to be had."""
+        """A batch for rows of up to `longest` tokens; the kept one if its recordings fit and no more memory is free."""
         wanted = rows * (longest + SPARE_COLUMNS)
         if self._batch is not None and self._batch.can_repeat(sampling):
             size = self._batch.cache.tokens
@@ -178,7 +178,7 @@ class LlamaEngine:
             if (engine := keeper()) is not None:
                 engine.release()
         if self._network.device.type == "cuda":
-            torch.cuda.empty_cache()  # blocks that are kept in other sizes
+            torch.cuda.empty_cache()  # cached blocks of other sizes
         budget = self._cache_tokens(prompt_tokens)
         is_recorded = self._capture is not None
         cache = Cache(
@@ -198,7 +198,7 @@ class LlamaEngine:
         return batch
 
     def _next_groups(self, batch: LiveRows, waiting: deque[Group]) -> list[Group]:
-        """As many of the waiting groups as there are free slots for, in one reading of bounded size."""
+        """The next waiting groups that fit into the free slots and the token limit of one prefill."""
         if batch.live == 0:
             batch.lay_out(waiting[0])
         free, longest = batch.free, len(waiting[0].ids)
@@ -211,7 +211,7 @@ class LlamaEngine:
         return taken
 
     def _cache_tokens(self, prompt_tokens: int) -> int:
-        """Tokens of keys and values that there is room for next to reading prompts of this many tokens together."""
+        """Tokens that the cache has room for in addition to prefilling this many prompt tokens at once."""
         device, config = self._network.device, self._trunk.config
         if not isinstance(self._cache_gib, str):
             size = self._cache_gib * 2**30
@@ -229,7 +229,7 @@ class LlamaEngine:
 
 
 def unsupported(model: "LanguageModel") -> str | None:
-    """What the model has that our decoder does not compute; None where there is nothing."""
+    """The first property of the model that our decoder does not support, or None."""
     return next(_reasons(model), None)
 
 
@@ -250,7 +250,7 @@ def _reasons(model: "LanguageModel") -> Iterator[str]:
     if len(places) > 1:
         yield f"weights on {len(places)} devices"
     for name, module in trunk.named_modules():
-        if name.endswith(("_proj", "embed_tokens", "lm_head")):  # what multiplies a weight
+        if name.endswith(("_proj", "embed_tokens", "lm_head")):  # modules with matrix weights
             yield from (f"{reason} at {name}" for reason in _odd(module))
 
 

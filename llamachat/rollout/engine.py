@@ -1,7 +1,7 @@
-"""What a rollout engine is: token ids of prompts in, sampled token ids with their log-probabilities out.
+"""The rollout engine protocol: token ids of prompts in, sampled token ids with their log-probabilities out.
 
-A log-probability is that of the distribution the token was drawn from: after temperature, top-k and top-p. At
-temperature 0 nothing is drawn, and it is the model's own (temperature 1, all tokens).
+A log-probability is that of the sampling distribution, after temperature, top-k and top-p. At temperature 0, which is
+greedy, it is the model's own (temperature 1, all tokens).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. The same seed gives the same completions to the same list of prompts."""
+    """How to choose the next token. The same seed and list of prompts give the same completions."""
 
-    temperature: float  # 0 takes the likeliest token
-    top_p: float  # only the likeliest tokens that reach this probability together
+    temperature: float  # 0 means greedy
+    top_p: float  # sample from the most likely tokens that together reach this probability
     max_new_tokens: int
     seed: int
-    top_k: int | None = None  # sample from the k likeliest tokens, before top-p; None: from all
+    top_k: int | None = None  # sample from the k most likely tokens, before top-p; None: from all
 
     def __post_init__(self) -> None:
         wrong = [
@@ -46,7 +46,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled answer: its ids, the stop id included where it came to one, and a log-probability (nats) for each."""
+    """One sampled answer: its ids, including the stop id if it was reached, and a log-probability (nats) for each."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -69,18 +69,18 @@ class RolloutEngine(Protocol):
     ) -> list[list[Completion]]:
         """`samples_per_prompt` completions of each prompt, in the order of the prompts.
 
-        `numbers` are the prompts' places in the list that they are part of, which with the seed decide what is drawn;
-        None is for a whole list.
+        `numbers` are the prompts' indices in the full list, which together with the seed determine the samples; None if
+        `prompts` is the full list.
         """
         ...
 
 
 class LocalEngine(RolloutEngine, Protocol):
-    """An engine in this process, with the model that it samples from."""
+    """An engine in this process, with access to the model that it samples from."""
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt and its answer together that the model has positions for."""
+        """The model's maximum number of positions, prompt and answer together."""
         ...
 
     def generate(
@@ -92,26 +92,26 @@ class LocalEngine(RolloutEngine, Protocol):
         numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """As every engine, within the model's positions; `advance` gets how many more completions are there."""
+        """As `RolloutEngine.generate`, within the model's positions; `advance` gets the number of new completions."""
         ...
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
-        """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
+        """The completion that `generate` returns for this single prompt; `on_token` gets each id immediately."""
         ...
 
     def refresh(self, model: "LlamaForCausalLM | PeftModel") -> None:
-        """Sample from the model's present weights from here on."""
+        """Use the model's current weights from now on."""
 
     def release(self) -> None:
-        """Give back the memory that is kept between calls."""
+        """Free the memory that is kept between calls."""
 
 
 @runtime_checkable
 class SleepingEngine(Protocol):
-    """An engine that frees memory of the card between two samplings; all processes call these together."""
+    """An engine that frees GPU memory between rollouts; all processes call these methods together."""
 
     def wake_up(self) -> None:
-        """Get ready for `generate`."""
+        """Prepare for `generate`."""
 
     def sleep(self) -> None:
         """Free what only `generate` needs."""
@@ -120,9 +120,9 @@ class SleepingEngine(Protocol):
 def scatter_generate(
     engine: RolloutEngine, prompts: Sequence[Sequence[int]], *, samples_per_prompt: int, sampling: Sampling
 ) -> list[list[Completion]]:
-    """Return what `engine.generate` returns, in every process; each process answers its part of the prompts.
+    """Distribute the prompts over the processes; each process returns all that `engine.generate` would return.
 
-    A prompt's answers depend on its place in the whole list, so they are the same for any number of processes.
+    A prompt's answers depend on its index in the full list, so they are the same for any number of processes.
     """
 
     def generate(part: list[int]) -> list[list[Completion]]:
@@ -138,7 +138,7 @@ def scatter_generate(
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], numbers: Sequence[int], *, context: int) -> None:
-    """Refuse a prompt that leaves no position for an answer."""
+    """Reject a prompt that leaves no position for an answer."""
     for number, prompt in zip(numbers, prompts, strict=True):
         assert prompt, "a prompt has at least its BOS"
         if len(prompt) >= context:
@@ -150,7 +150,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], numbers: Sequence[int], *, c
 
 @contextmanager
 def evaluating(model: "nn.Module") -> Iterator[None]:
-    """Switch off dropout, which adapters have that are not merged; restore it afterwards."""
+    """Disable the dropout of unmerged adapters within the block; restore it afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,11 +1,12 @@
-"""The decode step as a recording, which a GPU repeats without Python: CUDA graphs, one for each shape of the step.
+"""Recordings of the decode step, which a GPU replays without Python: CUDA graphs, one for each shape of the step.
 
-A recorded step reads and writes the same tensors each time, and no Python number changes in it: what is written where
-comes from tensors, rows are filled up to a power of two, columns to a multiple of `RECORDED_COLUMNS`. The first
-step of a shape runs without recording: libraries and kernels are set up in it, which no recording may contain.
+A recorded step reads and writes the same tensors each time and depends on no Python number: write positions come from
+tensors, rows are padded to a power of two, columns to a multiple of `RECORDED_COLUMNS`. A shape's first step runs
+unrecorded, because it initializes libraries and kernels, which a recording must not contain.
 
-No card has run this. Tests record and repeat on a stand-in for a CUDA device, and on a CPU operation by operation on
-the same tensors, as a graph does it; the answers are those of the plain step.
+Not yet run on a GPU. Tests record and replay on a stand-in for a CUDA device, and on a CPU operation by operation with
+the same tensors, as a graph does; the answers equal those of the unrecorded step.
+"""
 """
 
 import logging
@@ -16,22 +17,22 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-RECORDED_COLUMNS = 128  # the columns of a layout are a multiple: few shapes recur, and a recording serves many layouts
-MOST_RECORDINGS = 64  # each holds the launches of a whole step; the oldest goes
+RECORDED_COLUMNS = 128  # layouts have a multiple of this many columns: few shapes occur, and recordings are reused
+MOST_RECORDINGS = 64  # each contains the launches of a whole step; the oldest is evicted
 
 Step = Callable[[], Tensor]
-Capture = Callable[[Step], Step]  # records a step without running it, and returns what runs the recording
+Capture = Callable[[Step], Step]  # records a step without running it and returns a function that replays it
 
 
 class Recordings:
-    """Steps by their shape: each recorded when it comes a second time, and repeated from then on."""
+    """Recorded steps by shape: each is recorded at its second run and replayed from then on."""
 
     def __init__(self, capture: Capture) -> None:
         self._capture: Capture | None = capture
-        self._recordings: dict[Hashable, Step | None] = {}  # None: ran once, plainly
+        self._recordings: dict[Hashable, Step | None] = {}  # None: ran once, unrecorded
 
     def run(self, shape: Hashable, step: Step) -> Tensor:
-        """The step's result: a tensor that the next run may write over."""
+        """Run or replay the step; the next run may overwrite the returned tensor."""
         if self._capture is None:
             return step()
         if shape not in self._recordings:
@@ -60,14 +61,14 @@ def padded_rows(used: int, rows: int) -> int:
 
 
 class CudaCapture:
-    """Records as CUDA graphs; all of them share the memory of what is computed in between."""
+    """Records steps as CUDA graphs, which share one memory pool for intermediate results."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        # A capture that fails ends without going back to the stream that it left: the outer one does.
+        # A failed capture does not restore the previous stream; the outer context does.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),

@@ -1,8 +1,8 @@
-"""Rollouts through transformers' `generate`: plain, for any Llama model, and what other engines are tested against.
+"""Rollouts with transformers' `generate`: plain, for any Llama model, and the reference in tests of other engines.
 
-`generate` is configured to decode greedily, but a hook draws each row's token and leaves `generate` nothing else to
-choose. This keeps the log-probability without keeping logits, gives each row its own random numbers,
-and leaves torch's random state alone, so that sampling while training does not change the training.
+`generate` is configured for greedy decoding, but a logits processor samples each row's token and masks all others. This
+gives the log-probability without storing logits, gives each row its own random numbers, and does not touch torch's
+random state, so that sampling during training does not change the training.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ class _Row:
 
 
 class HuggingFaceEngine:
-    """Samples from a model in place, in evaluation mode; afterwards the model is as it was."""
+    """Samples from a model in place, in evaluation mode; its previous mode is restored afterwards."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class HuggingFaceEngine:
         cache_gib: float = 1.0,
         rows_per_batch: int | None = None,
     ) -> None:
-        """`cache_gib` bounds the keys and values of a batch; a single row is always taken."""
+        """`cache_gib` bounds a batch's keys and values, but a batch always has at least one row."""
         self._model = without_wrapper(model)
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
@@ -59,7 +59,7 @@ class HuggingFaceEngine:
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt and its answer together that the model has positions for."""
+        """The model's maximum number of positions, prompt and answer together."""
         return context_length(self._model.config)
 
     def generate(
@@ -95,20 +95,20 @@ class HuggingFaceEngine:
             return self._complete([_Row(0, 0, tuple(prompt))], sampling, on_token)[0]
 
     def refresh(self, model: "LlamaForCausalLM | PeftModel") -> None:
-        """Sample from this model from here on; its weights are read where they lie."""
+        """Sample from this model from now on, using its weights in place."""
         self._model = without_wrapper(model)
 
     def release(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: no memory is kept."""
 
     def _batches(self, rows: Sequence[_Row], max_new_tokens: int) -> Iterator[list[_Row]]:
-        """Batches of rows of similar length, the longest first, so that what does not fit into memory fails at once."""
+        """Batches of rows of similar length, longest first, so that running out of memory shows at once."""
         batch: list[_Row] = []
         for row in sorted(rows, key=lambda row: -len(row.ids)):
             if batch:
                 longest = len(batch[0].ids)
                 tokens = (len(batch) + 1) * min(longest + max_new_tokens, self.context)
-                # Beside a row that is cut at the model's last position only rows that are cut there too.
+                # A row that reaches the model's last position is only batched with rows that reach it too.
                 is_cut_otherwise = longest + max_new_tokens > self.context and len(row.ids) != longest
                 if len(batch) == self._rows_per_batch or tokens > self._tokens_per_batch or is_cut_otherwise:
                     yield batch
@@ -134,7 +134,7 @@ class HuggingFaceEngine:
             [row_uniforms(new_tokens, seed=sampling.seed, prompt=row.prompt, sample=row.sample) for row in rows]
         )
         chooser = _Chooser(sampling, uniforms_BR.to(device), on_token)
-        generate = cast(Any, self._model).generate  # its types ask for subclasses where any callable does
+        generate = cast(Any, self._model).generate  # its types require subclasses where any callable works
         generate(
             input_ids=ids_BP.to(device),
             attention_mask=mask_BP.to(device),
@@ -151,7 +151,7 @@ class HuggingFaceEngine:
         ids_BR, logprobs_BR = torch.stack(chooser.ids, dim=1).tolist(), torch.stack(chooser.logprobs, dim=1).tolist()
         completions = []
         for ids, logprobs in zip(ids_BR, logprobs_BR, strict=True):
-            # Up to the first stop id: what comes after it was drawn while other rows went on.
+            # Up to the first stop id: later tokens were sampled while other rows continued.
             stop = next((index for index, token in enumerate(ids[:new_tokens]) if token in self._stop_ids), None)
             end = new_tokens if stop is None else stop + 1
             completions.append(Completion(tuple(ids[:end]), tuple(logprobs[:end]), is_finished=stop is not None))
@@ -159,7 +159,7 @@ class HuggingFaceEngine:
 
 
 class _Chooser:
-    """Called by `generate` with each step's logits: chooses every row's token, and keeps its log-probability."""
+    """Logits processor for `generate`: chooses every row's token and stores its log-probability."""
 
     def __init__(self, sampling: Sampling, uniforms_BR: Tensor, on_token: Callable[[int], None] | None) -> None:
         self.ids: list[Tensor] = []
@@ -169,7 +169,7 @@ class _Chooser:
         self._on_token = on_token
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`generate`'s own parameter names: all ids so far, and the logits [B, V] of the next."""
+        """The parameters are named as in `generate`: all ids so far, and the logits [B, V] of the next token."""
         sampling = self._sampling
         logprobs_BV = sampling_logprobs(
             scores, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
@@ -187,11 +187,11 @@ class _Chooser:
 
 @contextmanager
 def _generating(model: "LlamaForCausalLM") -> Iterator[None]:
-    """Evaluation mode, and none of the checkpoint's own generation settings; both as before afterwards."""
+    """Use evaluation mode and ignore the checkpoint's generation settings within the block; restore both afterwards."""
     from transformers import GenerationConfig
 
     suggested = model.generation_config
-    model.generation_config = GenerationConfig()  # `generate` fills what a call leaves open from here
+    model.generation_config = GenerationConfig()  # the source of defaults in `generate`
     try:
         with evaluating(model):
             yield

@@ -1,7 +1,7 @@
-"""The rows that are being answered: who sits in which slot of the cache, what was drawn, who is done.
+"""The rows being sampled: their slots in the cache, their tokens so far, and which are done.
 
-Shapes: B slots, R tokens of an answer. Rows finish at different times: their slots go to waiting prompts, or to the
-rows of the last slots, so that the first slots stay full and a step computes few idle rows.
+Shapes: B slots, R tokens of an answer. Rows finish at different times. A free slot is taken by a waiting prompt or by a
+row from the last slots, so that the first slots stay full and a step computes few idle rows.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,25 +17,25 @@ from llamachat.rollout.graphs import RECORDED_COLUMNS, Recordings, padded_rows
 from llamachat.rollout.network import Network
 from llamachat.rollout.sampling import choose, row_uniforms
 
-# A CPU's library compiles and keeps a kernel for each shape of a product. Rows and columns are therefore rounded up to
-# these multiples: fewer kernels, less memory and less time.
+# A CPU library compiles and caches a kernel for each shape of a product. So rows and columns are rounded up to these
+# multiples: fewer kernels, less memory and less time.
 ROWS_AT_ONCE = 16
 COLUMNS_AT_ONCE = 32
-IDLE_SHARE = 8  # idle slots are closed when they are more than one in this many live rows
+IDLE_SHARE = 8  # idle slots are closed when they exceed one in this many live rows
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Samples of one prompt that enter together: one reading of the prompt serves them all."""
+    """Samples of one prompt that enter together and share one prefill."""
 
-    prompt: int  # its number
+    prompt: int  # the prompt's number
     ids: tuple[int, ...]
     samples: range
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """An answer, and whose it is."""
+    """A finished answer with its prompt and sample number."""
 
     prompt: int
     sample: int
@@ -44,17 +44,17 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class _Seat:
-    """The row that sits in a slot."""
+    """The row in a slot."""
 
     prompt: int
     sample: int
     start: int  # its first column
     prompt_tokens: int
-    whole: int  # tokens of its prompt and its longest answer
+    whole: int  # tokens of its prompt and its longest possible answer
 
 
 class LiveRows:
-    """The batch that generations go through with, one after the other."""
+    """The batch of live rows, reused by successive generations."""
 
     def __init__(
         self,
@@ -66,22 +66,22 @@ class LiveRows:
         stop_ids: frozenset[int],
         recordings: Recordings | None = None,
     ) -> None:
-        """`rows` is the number of slots that a generation may have at most."""
+        """`rows` is the maximum number of slots of a generation."""
         self.cache, self.most = cache, rows
         self._recordings = recordings
         self._network, self._sampling = network, sampling
         self._stop_ids = stop_ids
         self._on_token: Callable[[int], None] | None = None
         device = network.device
-        width = min(sampling.max_new_tokens, network.rotation.context) + 1  # one more: where idle rows write
+        width = min(sampling.max_new_tokens, network.rotation.context) + 1  # the last column is for idle rows
         self._is_stop_V = torch.zeros(network.vocabulary, dtype=torch.bool, device=device)
         self._is_stop_V[sorted(stop_ids)] = True
-        # One place for the mask of every layout, since a recorded step writes where it wrote before.
+        # One buffer for the masks of all layouts, since a replayed step reads it at a fixed address.
         self._mask_pool = torch.empty(cache.tokens, dtype=network.attention_dtype, device=device)
         self._seats: dict[int, _Seat] = {}
         self._rows_B = torch.arange(rows, device=device)
-        # Of each slot: the row's first column, its last token, how many it has, how many it may have; tokens; numbers
-        # to draw them by.
+        # For each slot: the row's first column, last token, token count and limit; its tokens; the random numbers that
+        # sample them.
         self._starts_B, self._last_B, self._counts_B, self._limits_B = (
             torch.zeros_like(self._rows_B) for _ in range(4)
         )
@@ -90,36 +90,36 @@ class LiveRows:
         self._uniforms_BR = torch.zeros((rows, width), dtype=torch.float64, device=device)
 
     def can_repeat(self, sampling: Sampling) -> bool:
-        """Whether steps that were recorded for earlier generations draw as this one asks; the seed is in no recording."""
+        """Whether recorded steps sample as this generation requires; the seed is not part of a recording."""
         return replace(sampling, seed=self._sampling.seed) == self._sampling
 
     def start(self, sampling: Sampling, *, rows: int, on_token: Callable[[int], None] | None) -> None:
-        """Begin a generation of at most `rows` rows at once; `on_token` sees the ids of the first slot."""
+        """Start a generation with at most `rows` rows at once; `on_token` gets the ids of the first slot."""
         self._sampling, self.most, self._on_token = sampling, rows, on_token
-        self._seats.clear()  # an interrupted generation leaves its rows
+        self._seats.clear()  # an interrupted generation may have left rows
         self.cache.clear()
         for state_B in (self._starts_B, self._last_B, self._counts_B, self._limits_B):
             state_B.zero_()
 
     @property
     def live(self) -> int:
-        """Rows that are not done."""
+        """The number of rows that are not done."""
         return len(self._seats)
 
     @property
     def free(self) -> int:
-        """Slots that rows may enter."""
+        """The number of free slots."""
         return self.cache.rows - self.live
 
     @property
     def is_full(self) -> bool:
-        """Whether no column is left for another token."""
+        """Whether there is no column left for another token."""
         return self.cache.time == self.cache.columns
 
     def lay_out(self, waiting: Group | None) -> None:
-        """Room for more tokens of the live rows, in the first slots, and beside them for as many as will fit.
+        """Create a layout with room for more tokens of the live rows, in the first slots, and for as many as will fit.
 
-        `waiting` is the longest group that is to enter.
+        `waiting` is the longest group that will enter.
         """
         wholes = [seat.whole for seat in self._seats.values()] + ([] if waiting is None else [self._whole(waiting)])
         rows = min(self.most, self.cache.tokens // max(wholes))
@@ -135,7 +135,7 @@ class LiveRows:
         self._reseat(movers, range(len(movers)))
 
     def enter(self, groups: Sequence[Group]) -> list[Done]:
-        """Read prompts and draw the first token of their rows; the prompts are no longer than any that is live."""
+        """Prefill prompts and sample the first token of their rows; no prompt may be longer than the live rows."""
         free = (slot for slot in range(self.cache.rows) if slot not in self._seats)
         taken = [[next(free) for _ in group.samples] for group in groups]
         logits_NV = self._network.prefill([group.ids for group in groups], self.cache, taken)
@@ -147,20 +147,20 @@ class LiveRows:
         return self._drawn(self._draw(logits_NV[owners_B], slots_B), [slot for slots in taken for slot in slots])
 
     def step(self) -> list[Done]:
-        """One more token for every live row."""
+        """Sample one more token for every live row."""
         if (self._used - self.live) * IDLE_SHARE > self.live and self._computed(self.live) < self._computed(self._used):
             self._close_gaps()
         rows = self._computed(self._used)
         if self._recordings is None:
             is_done_B = self._advance(rows)
         else:
-            # Rows and columns say where everything lies: layouts begin at the same places.
+            # Rows and columns determine all addresses, since layouts start at the same ones.
             is_done_B = self._recordings.run((rows, self.cache.columns), lambda: self._advance(rows))
         self.cache.to_next_column()
         return self._drawn(is_done_B, range(rows))
 
     def _advance(self, rows: int) -> Tensor:
-        """A token more for the first rows, and whether it is a row's last [B]; from tensors to tensors."""
+        """Sample a token for the first rows; return whether it is each row's last [B]. Depends only on tensors."""
         time, mask_B1T = self.cache.time_1, self._mask_B1T[:rows]
         if time is None:
             time = self.cache.time
@@ -173,7 +173,7 @@ class LiveRows:
 
     @property
     def _used(self) -> int:
-        """Slots from the first on that a step computes."""
+        """The number of leading slots that a step must compute."""
         return max(self._seats, default=-1) + 1
 
     def _computed(self, used: int) -> int:
@@ -183,7 +183,7 @@ class LiveRows:
         return min(rounded_up(used, ROWS_AT_ONCE), self.cache.rows)
 
     def _close_gaps(self) -> None:
-        """Rows of the last slots take the idle ones before them."""
+        """Move rows from the last slots to idle ones before them."""
         holes = [slot for slot in range(self.live) if slot not in self._seats]
         movers = [slot for slot in sorted(self._seats) if slot >= self.live]
         length = self.cache.time - min(self._seats[slot].start for slot in movers)
@@ -217,7 +217,7 @@ class LiveRows:
         self._rebuild_mask()
 
     def _rebuild_mask(self) -> None:
-        """-inf [B, 1, T] on columns that are not a row's, 0 on its own."""
+        """Set the mask [B, 1, T]: 0 on a row's own columns, else -inf."""
         columns_T = torch.arange(self.cache.columns, device=self._starts_B.device)
         is_own_BT = (columns_T >= self._starts_B[: self.cache.rows, None]) & (columns_T < self.cache.time)
         mask_BT = self._mask_pool[: is_own_BT.numel()].view(is_own_BT.shape)
@@ -227,7 +227,7 @@ class LiveRows:
         return on_device(torch.tensor(list(numbers), dtype=torch.long), self._network.device)
 
     def _draw(self, logits_BV: Tensor, slots_B: Tensor | slice) -> Tensor:
-        """The next token of these slots; whether it is a row's last [B]."""
+        """Sample the next token of these slots; return whether it is each row's last [B]."""
         counts_B = self._counts_B[slots_B].clamp(max=self._ids_BR.shape[1] - 1)  # idle rows keep counting
         uniforms_B = self._uniforms_BR[slots_B].gather(1, counts_B.unsqueeze(1)).squeeze(1)
         ids_B, logprobs_B = choose(
@@ -245,9 +245,9 @@ class LiveRows:
         return self._is_stop_V[ids_B] | (counts_B + 1 >= self._limits_B[slots_B])
 
     def _drawn(self, is_done_B: Tensor, slots: Sequence[int]) -> list[Done]:
-        """The answers of these slots that are done, which are free then.
+        """Return the finished answers of these slots and free the slots.
 
-        Waits for the device once, and once more where there are answers.
+        Synchronizes with the device once, and once more if there are answers.
         """
         if self._on_token is None:
             flags = is_done_B.tolist()

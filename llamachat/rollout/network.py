@@ -1,12 +1,12 @@
-"""The forward of a Llama model on our own weights: prompts once, then one token a row against the cache.
+"""The forward pass of a Llama model with our own weights: prefill prompts, then decode with the key-value cache.
 
-Shapes: N prompts, P positions of a prompt (padded on the left), B rows, T cached columns in view, H key-value heads,
-G query heads a key-value head, D head size, E hidden size, V vocabulary. Only logits that a token is drawn from are
-made.
+Shapes: N prompts, P positions of a prompt (left-padded), B rows, T cached columns in view, H key-value heads, G query
+heads per key-value head, D head size, E hidden size, V vocabulary. Only logits that a token is sampled from are
+computed.
 
-Rotary positions are tables, by the model's own frequencies and their scaling. With dynamic NTK the frequencies depend
-on the sequence's length: as in transformers, a prompt is rotated by those of its own length and every later token by
-those of the length it makes, and cached keys stay as they were rotated. Here that holds for each row by itself.
+Rotary positions are tables with the model's own frequencies and scaling. With dynamic NTK the frequencies depend on the
+sequence length. As in transformers, a prompt is rotated for its own length, every later token for the length up to it,
+and cached keys keep their rotation; here this is done for each row separately.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ from llamachat.rollout.weights import Layer, Product, Weights
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-PROMPT_COLUMNS = 32  # prompts are padded to a multiple of it: of few shapes few kernels are compiled
+PROMPT_COLUMNS = 32  # prompts are padded to a multiple of this, so that few shapes and kernels occur
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 class Network:
-    """The trunk and its head, without state of its own."""
+    """The trunk and its head, without state."""
 
     def __init__(self, trunk: "LlamaForCausalLM", weights: Weights) -> None:
         config: LlamaConfig = trunk.config
@@ -37,9 +37,9 @@ class Network:
         self.rotation = Rotation(trunk, weights.dtype)
         self.vocabulary = config.vocab_size
         self.device = trunk.device
-        # How many columns a row's sums run over depends on its neighbours, and so would their last bits in fp32; in fp64
-        # they are rounded away, and a row says the same in any batch. A GPU computes fp64 at 1/64 of the rate, and has
-        # no fused attention in it.
+        # The number of columns in a row's sums depends on its neighbours, and so would their last bits in fp32. In fp64
+        # rounding removes the difference, so a row's result is the same in any batch. A GPU runs fp64 at 1/64 of the
+        # rate and has no fused attention for it.
         is_exact = weights.dtype == torch.float32 and self.device.type == "cpu"
         self.attention_dtype = torch.float64 if is_exact else weights.dtype
         heads = config.num_key_value_heads or config.num_attention_heads
@@ -49,7 +49,7 @@ class Network:
         self.shape = CacheShape(config.num_hidden_layers, heads, self._head_size, self.attention_dtype)
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, slots: Sequence[Sequence[int]]) -> Tensor:
-        """Read prompts, put each one's keys and values into its slots; logits [N, V] of what comes after them."""
+        """Prefill prompts and write each one's keys and values to its slots; return the next token's logits [N, V]."""
         longest = max(map(len, prompts))
         length = rounded_up(longest, PROMPT_COLUMNS)
         pads = [length - len(prompt) for prompt in prompts]
@@ -69,7 +69,7 @@ class Network:
                 for part in self._query_key_value(layer, x_BE, rotation)
             )
             cache.write_prompts(index, slots_B, *(part[:, :, -longest:][owners_B] for part in (key, value)))
-            if index == last:  # of this block's output nothing is read but what follows the last token
+            if index == last:  # only the output at the last token is needed
                 query, mask_NPP = query[:, :, -1:], mask_NPP[:, -1:]
                 x_BE = x_BE.view(len(prompts), length, -1)[:, -1]
             mixed = self._attend_prompts(query, key, value, mask_NPP)
@@ -77,7 +77,7 @@ class Network:
         return self._logits(x_BE)
 
     def step(self, ids_B: Tensor, positions_B: Tensor, cache: Cache, mask_B1T: Tensor) -> Tensor:
-        """Write a token of each of the first rows into the cache; logits [B, V] of the next."""
+        """Write a token of each of the first rows to the cache; return the next token's logits [B, V]."""
         rows = len(ids_B)
         rotation = tuple(table.unsqueeze(1) for table in self.rotation.at(positions_B))
         x_BE = functional.embedding(ids_B, self.weights.embedding.weight)
@@ -92,10 +92,10 @@ class Network:
         return self._logits(x_BE)
 
     def _attend_prompts(self, query: Tensor, key: Tensor, value: Tensor, mask_NPP: Tensor) -> Tensor:
-        """Attended values [N, heads, Q, D] of the last Q positions of whole prompts."""
+        """Attention output [N, heads, Q, D] of the last Q positions of whole prompts."""
         count, _, queries, size = query.shape
         if self.device.type == "cpu" and count * queries * key.shape[2] * self._group <= PLAIN_SCORES:
-            # Two to six times as fast on a CPU in bf16 as the fused kernel, for prompts of 64 to 256 tokens.
+            # Two to six times as fast as the fused kernel on a CPU in bf16, for prompts of 64 to 256 tokens.
             grouped = (query * size**-0.5).reshape(count, -1, self._group * queries, size)
             scores = torch.matmul(grouped, key.transpose(2, 3))
             scores.unflatten(2, (self._group, queries)).add_(mask_NPP[:, None, None])
@@ -109,7 +109,7 @@ class Network:
     def _query_key_value(
         self, layer: Layer, x_BE: Tensor, rotation: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, turned by their positions, and values; heads [B, heads, D]."""
+        """Queries and keys after rotation, and values; heads [B, heads, D]."""
         heads = self.shape.heads
         normed_BE = functional.rms_norm(x_BE, (x_BE.shape[-1],), layer.attention_norm, self._epsilon)
         all_BHD = layer.query_key_value(normed_BE).unflatten(-1, (-1, self._head_size))
@@ -118,7 +118,7 @@ class Network:
         return turned_BHD[:, :-heads].to(dtype), turned_BHD[:, -heads:].to(dtype), all_BHD[:, -heads:].to(dtype)
 
     def _rest(self, layer: Layer, x_BE: Tensor, mixed_BE: Tensor) -> Tensor:
-        """From the attended values to the block's output."""
+        """The rest of the block: from the attention output to the block's output."""
         x_BE = layer.attention_out.added_to(x_BE, mixed_BE.to(x_BE.dtype))
         gate_BF, up_BF = layer.gate_up(
             functional.rms_norm(x_BE, (x_BE.shape[-1],), layer.mlp_norm, self._epsilon)
@@ -130,11 +130,11 @@ class Network:
         return head(functional.rms_norm(x_BE, (x_BE.shape[-1],), self.weights.final_norm, self._epsilon))
 
     def _prompt_mask(self, pads: Sequence[int], length: int) -> Tensor:
-        """-inf [N, P, P] where a position of a prompt does not see another, 0 where it does."""
+        """The prompts' mask [N, P, P]: -inf for positions that a position does not see, else 0."""
         columns_P = torch.arange(length, device=self.device)
         is_later_PP = columns_P > columns_P.unsqueeze(1)
         is_pad_NP = columns_P < on_device(torch.tensor(pads), self.device).unsqueeze(1)
-        # A pad sees itself: a row of nothing would be NaN.
+        # A pad sees itself: softmax over nothing would be NaN.
         is_itself_PP = torch.eye(length, dtype=torch.bool, device=self.device)
         is_hidden_NPP = (is_later_PP | is_pad_NP.unsqueeze(1)) & ~is_itself_PP
         mask_NPP = torch.zeros(is_hidden_NPP.shape, dtype=self.attention_dtype, device=self.device)
@@ -142,10 +142,10 @@ class Network:
 
 
 class Rotation:
-    """Cosines and sines of every position that the model has, in its dtype; the sines of the first half negated."""
+    """Cosines and sines of all the model's positions, in its dtype; the first half of the sines is negated."""
 
     def __init__(self, model: "LlamaForCausalLM", dtype: torch.dtype) -> None:
-        rotary: Any = model.model.rotary_emb  # its buffers are not in its types
+        rotary: Any = model.model.rotary_emb  # its type does not declare its buffers
         self._config = model.config
         self._dtype = dtype
         self._factor = float(rotary.attention_scaling)
@@ -164,7 +164,7 @@ class Rotation:
         self.cos_TD, self.sin_TD = self._tables(frequencies_TD2[index_T])
 
     def of_prompts(self, lengths: Sequence[int], columns: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [N, T, D] of prompts that are padded on the left to this many columns."""
+        """Cosines and sines [N, T, D] of prompts that are left-padded to this many columns."""
         columns_T = torch.arange(columns, device=self.cos_TD.device)
         pads_N = on_device(torch.tensor([columns - length for length in lengths]), self.cos_TD.device)
         positions_NT = (columns_T - pads_N.unsqueeze(1)).clamp(min=0)
@@ -183,7 +183,7 @@ class Rotation:
         return cos_NTD, sin_NTD
 
     def at(self, positions_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, D] of tokens that come one by one."""
+        """Cosines and sines [B, D] of single tokens."""
         return self.cos_TD[positions_B], self.sin_TD[positions_B]
 
     def _frequencies_at(self, length: int) -> Tensor:
@@ -201,6 +201,6 @@ class Rotation:
 
 
 def rotate(x_BHD: Tensor, cos_B1D: Tensor, sin_B1D: Tensor) -> Tensor:
-    """Queries or keys turned by their positions; the last axis holds the pairs' first numbers, then their second."""
+    """Rotate queries or keys; the last axis has the pairs' first elements, then their second ones."""
     half = x_BHD.shape[-1] // 2
     return torch.addcmul(x_BHD * cos_B1D, x_BHD.roll(half, dims=-1), sin_B1D)

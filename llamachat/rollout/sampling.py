@@ -1,7 +1,7 @@
-"""From logits to a token: temperature, then top-k, then top-p, and the draw.
+"""Sample a token from logits: temperature, then top-k, then top-p.
 
-Shapes: B rows, V vocabulary. A row's draw uses one number that depends on (seed, prompt, sample, position) alone, so a
-row gets the same tokens in any batch.
+Shapes: B rows, V vocabulary. A row's sample uses one random number that depends only on (seed, prompt, sample,
+position), so a row gets the same tokens in any batch.
 """
 
 import numpy as np
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BLOCK = 64  # tokens whose probabilities are added up before the draw looks into any of them
+BLOCK = 64  # tokens per block; the first cumulative sum is over blocks
 
 
 def choose(
     logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float, top_k: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The next id of each row [B] and its log-probability [B] (nats, fp32): `sampling_logprobs` and `draw`, faster.
+    """The next id of each row [B] and its log-probability [B] (nats, fp32): a faster `sampling_logprobs` and `draw`.
 
-    Without top-p the distribution function is made of blocks first, and of single tokens in the block drawn alone.
+    Without top-p, the distribution function is computed over blocks, then over the tokens of the sampled block only.
     """
     if temperature != 0 and top_p < 1:
         logprobs_BV = sampling_logprobs(logits_BV, temperature=temperature, top_p=top_p, top_k=top_k)
@@ -48,16 +48,16 @@ def _draw_by_blocks(probabilities_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def _first_above(ends_BN: Tensor, target_B1: Tensor) -> Tensor:
-    """Index of the first end above the target; the last that anything was added at where rounding leaves none."""
+    """Index of the first end above the target; if rounding leaves none, the last index with positive probability."""
     last_B1 = torch.searchsorted(ends_BN, ends_BN[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(ends_BN, target_B1, right=True), last_B1)
 
 
 def sampling_logprobs(logits_BV: Tensor, *, temperature: float, top_p: float, top_k: int | None = None) -> Tensor:
-    """Log-probabilities (nats, fp32) of what the next token is drawn from; -inf for tokens outside top-k and top-p.
+    """Log-probabilities (nats, fp32) of the sampling distribution; -inf for tokens outside top-k and top-p.
 
-    Top-k keeps k tokens (Fan et al., arXiv:1805.04833); of those, top-p the likeliest up to and including the one that
-    reaches it (Holtzman et al., arXiv:1904.09751). At temperature 0 the model's own, since nothing is drawn.
+    Top-k keeps k tokens (Fan et al., arXiv:1805.04833). Of these, top-p keeps the most likely, up to and including the
+    one that reaches it (Holtzman et al., arXiv:1904.09751). At temperature 0 (greedy) they are the model's own.
     """
     scaled_BV = logits_BV.float() / (temperature or 1.0)
     if temperature != 0 and top_k is not None:
@@ -75,7 +75,7 @@ def sampling_logprobs(logits_BV: Tensor, *, temperature: float, top_p: float, to
 
 
 def _likeliest(logits_BV: Tensor, count: int) -> Tensor:
-    """The logits of the `count` likeliest tokens, -inf for others; of tokens that tie, those of the lower ids."""
+    """The logits of the `count` most likely tokens, -inf for others; ties go to lower ids."""
     if count >= logits_BV.shape[1]:
         return logits_BV
     last_B1 = logits_BV.topk(count, dim=-1).values[:, -1:]
@@ -86,11 +86,11 @@ def _likeliest(logits_BV: Tensor, count: int) -> Tensor:
 
 
 def draw(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Ids drawn with these log-probabilities by numbers in [0, 1), [B]: the inverse of the distribution function."""
+    """Sample ids [B] from these log-probabilities by inverse transform of uniform numbers in [0, 1)."""
     ends_BV = logprobs_BV.double().exp().cumsum(dim=-1)
     return _first_above(ends_BV, uniforms_B.unsqueeze(1) * ends_BV[:, -1:]).squeeze(1)
 
 
 def row_uniforms(count: int, *, seed: int, prompt: int, sample: int) -> Tensor:
-    """The numbers in [0, 1) that a row draws its first `count` tokens by, one a position, [count] float64."""
+    """The uniform numbers in [0, 1) for a row's first `count` tokens, [count] float64."""
     return torch.from_numpy(np.random.default_rng((seed, prompt, sample)).random(count))

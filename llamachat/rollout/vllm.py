@@ -1,11 +1,11 @@
-"""Rollouts from a vLLM server over HTTP: `vllm serve` in its own environment, with the policy as an adapter on its base.
+"""Rollouts from a vLLM server over HTTP: `vllm serve` in a separate environment, with the policy as an adapter.
 
-vLLM is no dependency. What is sent and read, how to serve, and what was tried is in docs/vllm.md. The server is not
-trusted to hold the right model: at the start and after every `refresh` its log-probabilities of one answer are compared
-with the model's own, and those of a fixed text must have changed as the model's own did. An adapter never gets a name
-twice, since vLLM's cache of prompts goes by the name and would serve keys of the old weights.
+vLLM is not a dependency. The protocol, how to serve, and what was tested are in docs/vllm.md. The server is not
+trusted to have the right weights: at the start and after every `refresh` its log-probabilities of an answer are compared
+with the model's, and those of a fixed text must have changed as the model's did. An adapter name is never reused,
+because vLLM's prefix cache is keyed by name and would return keys of the old weights.
 
-A server on the card that trains sleeps except while answers are sampled.
+A server on the training GPU sleeps except during sampling.
 """
 
 import math
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
 
 CONNECT_S = 10.0
-CLOSED = ("Server disconnected", "peer closed")  # how httpx words a connection that the server closed
-ANSWER_S = 1800.0  # until the next bytes come: a request waits at the server while others are answered
-WAITS_S = (0.5, 1.0, 2.0)  # before a request is sent again whose connection was reset
-CONNECTIONS = 256  # requests at once; the server batches them as it can
+CLOSED = ("Server disconnected", "peer closed")  # httpx messages for a connection closed by the server
+ANSWER_S = 1800.0  # read timeout: a request may queue at the server behind others
+WAITS_S = (0.5, 1.0, 2.0)  # before retrying a request whose connection was reset
+CONNECTIONS = 256  # concurrent requests, which the server batches
 PROBE_TOKENS = 16
-MOST_DISAGREEMENT = 0.5  # nats a token; number formats differ by hundredths, other models by several
-SURE = 1e-3  # nats: the log-probability of the only token there is, but for rounding
-# The fixed text: random token ids, scored under each adapter.
+MOST_DISAGREEMENT = 0.5  # nats per token; different dtypes cause hundredths, different models several nats
+SURE = 1e-3  # nats: tolerance for the log-probability of the only possible token
+# The fixed text: random token ids, scored with each adapter.
 TEXT_ROWS, TEXT_ROW_TOKENS = 16, 128
-# Rounding of a log-probability in nats is taken to be this many times the precision of the model's numbers, at least.
+# The assumed rounding of a log-probability in nats, at least, as a multiple of the model dtype's precision.
 ROUNDING = 4.0
-# How far two hypotheses must differ to be distinguished, in deviations of the rounding.
+# The minimum difference between two hypotheses to distinguish them, in standard deviations of the rounding.
 DISTINCT = 8.0
 HOW_TO_SERVE = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank RANK "
@@ -55,7 +55,7 @@ HOW_TO_SLEEP = "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode"
 
 
 class RefusedError(Exception):
-    """The server answered, with another status than 200 and this message."""
+    """The server responded with this status other than 200 and this message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"HTTP {status}: {message}")
@@ -64,12 +64,12 @@ class RefusedError(Exception):
 
 
 class Server:
-    """A server by its address, http://host:port."""
+    """A server at the address http://host:port."""
 
     def __init__(self, address: str, *, answer_s: float = ANSWER_S, waits_s: Sequence[float] = WAITS_S) -> None:
         self.address = address.rstrip("/")
         self._waits_s = waits_s
-        # No proxies of the environment: a rollout server is near. A connection per request: a kept one may be closed.
+        # No proxies from the environment: the server is local. One connection per request: kept ones may be closed.
         self._client = httpx.Client(
             base_url=self.address,
             timeout=httpx.Timeout(answer_s, connect=CONNECT_S),
@@ -78,7 +78,7 @@ class Server:
         )
 
     def json(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> Any:
-        """The JSON that comes back. Sent again where the connection is reset, so the server may do it twice."""
+        """Send a request and return the JSON response. Retried on connection reset, so it may run twice."""
         response = self._response(method, path, content, self._waits_s)
         try:
             return response.json()
@@ -89,7 +89,7 @@ class Server:
             ) from error
 
     def command(self, path: str, content: Mapping[str, Any] | None = None) -> None:
-        """Send once, since doing it twice would fail; what comes back is not JSON and says nothing."""
+        """Send a request without retries, since running it twice would fail; the response is ignored."""
         self._response("POST", path, content, ())
 
     def _response(self, method: str, path: str, content: Any, waits_s: Sequence[float]) -> httpx.Response:
@@ -110,7 +110,7 @@ class Server:
 
 
 def _message(response: httpx.Response) -> str:
-    """What an answer with an error says; the shape depends on vLLM's version and on who made it."""
+    """The message of an error response, whose format depends on vLLM's version and on the component that sent it."""
     text = response.text
     with suppress(ValueError, AttributeError):
         content = response.json()
@@ -122,16 +122,16 @@ def _message(response: httpx.Response) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Scores:
-    """Log-probabilities of the fixed text under one adapter, by the model and by the server, in nats."""
+    """Log-probabilities of the fixed text with one adapter, from the model and from the server, in nats."""
 
     own_N: torch.Tensor
     served_N: torch.Tensor
 
 
 class VllmEngine:
-    """Samples from the policy as a server holds it: as of construction or of the last `refresh`.
+    """Samples from the policy that was sent to the server at construction or at the last `refresh`.
 
-    With `shares_card` the server sleeps between calls of `wake_up` and `sleep`.
+    With `shares_card`, the server sleeps except between `wake_up` and `sleep`.
     """
 
     def __init__(
@@ -149,16 +149,16 @@ class VllmEngine:
         self._connections = connections
         config = without_wrapper(model).config
         self._vocabulary = config.vocab_size
-        self._probe = config.bos_token_id or 0  # a prompt of one token, for the checks of the server
+        self._probe = config.bos_token_id or 0  # a one-token prompt for checking the server
         self._base, served_context = self._base_model()
         self._context = min(context_length(config), served_context)
-        # Removed with the engine, or at the end of the process.
+        # Removed with the engine or at process exit.
         self._folder = TemporaryDirectory(prefix="llamachat-vllm-")
-        Path(self._folder.name).chmod(0o755)  # the server may run as another user
+        Path(self._folder.name).chmod(0o755)  # the server may run as a different user
         self._run = distributed.broadcast_object(secrets.token_hex(4))
         self._refreshes = 0
         self._adapter: str | None = None
-        # One token of the positions is for the answer, which a request must ask for.
+        # One position is reserved for the answer, which a request must ask for.
         shape = (TEXT_ROWS, min(TEXT_ROW_TOKENS, self._context - 1))
         self._text = np.random.default_rng(0).integers(self._vocabulary, size=shape).tolist()
         self._scores: _Scores | None = None
@@ -174,11 +174,11 @@ class VllmEngine:
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt and its answer together that model and server have positions for."""
+        """The maximum number of positions of model and server, prompt and answer together."""
         return self._context
 
     def refresh(self, model: "LanguageModel") -> None:
-        """Hand the adapter's present weights to the server; other weights it cannot take."""
+        """Send the adapter's current weights to the server; it cannot load any others."""
         if not _is_adapter(model):
             raise _full_tuning()
         self.wake_up()
@@ -187,11 +187,11 @@ class VllmEngine:
         self._check_change(model)
 
     def wake_up(self) -> None:
-        """Wake a server that sleeps while its card trains; it must then score the fixed text as before."""
+        """Wake a server that slept during training; it must then score the fixed text as before."""
         if not self._shares_card:
             return
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the server cannot take blocks that torch keeps for later
+            torch.cuda.empty_cache()  # the server cannot use blocks cached by torch
         if not distributed.broadcast_object(self._is_asleep()):
             return
         if distributed.is_first():
@@ -208,16 +208,16 @@ class VllmEngine:
                 )
 
     def sleep(self) -> None:
-        """Let a server on the card that trains free its memory; its weights wait in the machine's."""
+        """Let a server on the training GPU free its memory; its weights move to host memory."""
         if not self._shares_card:
             return
-        distributed.wait()  # for those that still ask
+        distributed.wait()  # for processes that are still sampling
         if distributed.is_first():
             self._control(self._server.command, "/sleep?level=1")
         distributed.wait()
 
     def release(self) -> None:
-        """Nothing is kept in this process."""
+        """Do nothing: this process keeps no memory."""
 
     def generate(
         self,
@@ -228,7 +228,7 @@ class VllmEngine:
         numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """As `LocalEngine.generate`, by as many requests at once as there are connections."""
+        """As `LocalEngine.generate`, with up to `CONNECTIONS` concurrent requests."""
         numbers = numbers or range(len(prompts))
         check_prompts(prompts, numbers, context=self.context)
         completions: dict[tuple[int, int], Completion] = {}
@@ -246,12 +246,12 @@ class VllmEngine:
                 completions[futures[future]] = future.result()
                 if advance is not None:
                     advance(1)
-        finally:  # after an error do not wait for the others
+        finally:  # after an error, do not wait for the others
             pool.shutdown(wait=False, cancel_futures=True)
         return [[completions[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
-        """As `LocalEngine.stream`; `on_token` gets each id, when all are there."""
+        """As `LocalEngine.stream`, but `on_token` gets the ids only when the answer is complete."""
         ((completion,),) = self.generate([prompt], samples_per_prompt=1, sampling=sampling)
         for token in completion.token_ids:
             on_token(token)
@@ -260,7 +260,7 @@ class VllmEngine:
     def _request(
         self, prompt: Sequence[int], sampling: Sampling, seed: int, stop_ids: Collection[int]
     ) -> dict[str, Any]:
-        """All that decides the answer, so that the server takes nothing from the model's generation_config.json."""
+        """All sampling settings, so that the server ignores the model's generation_config.json."""
         return {
             "model": self._adapter or self._base,
             "prompt": list(prompt),
@@ -275,9 +275,9 @@ class VllmEngine:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "stop_token_ids": sorted(stop_ids),
-            "ignore_eos": True,  # the server's own end; what ends an answer is in the list, and nothing else
+            "ignore_eos": True,  # only the ids in the list end an answer, not the server's own EOS
             "include_stop_str_in_output": True,
-            "logprobs": 0,  # of the sampled token alone
+            "logprobs": 0,  # only of the sampled token
             "return_token_ids": True,
             "stream": False,
         }
@@ -305,7 +305,7 @@ class VllmEngine:
         return Completion(tuple(ids), tuple(logprobs), is_finished=ends_well)
 
     def _choice(self, body: Mapping[str, Any]) -> Any:
-        """What comes back for one request, without a look at the answer in it."""
+        """The single choice in the response to a request, with its content unchecked."""
         try:
             answer = self._server.json("POST", "/v1/completions", body)
         except RefusedError as refused:
@@ -319,7 +319,7 @@ class VllmEngine:
         return choice
 
     def _base_model(self) -> tuple[str, int]:
-        """The name of the model that the server was started with, and its positions."""
+        """The name of the model that the server was started with, and its maximum number of positions."""
         try:
             listed = self._server.json("GET", "/v1/models")
         except RefusedError as refused:
@@ -330,10 +330,10 @@ class VllmEngine:
         raise self._strange("a list of models without a base and its max_model_len")
 
     def _load_adapter(self, model: "LanguageModel") -> None:
-        """Let the adapter replace the one before; of several processes the first one does, and all wait for it."""
+        """Replace the previous adapter. The first of several processes does it, and all wait for it."""
         self._refreshes += 1
         name = f"llamachat-{self._run}-{self._refreshes}"
-        distributed.wait()  # for those that still ask for the one before
+        distributed.wait()  # for processes that still use the previous one
         if distributed.is_first():
             self._hand_over(model, name)
         distributed.wait()
@@ -343,7 +343,7 @@ class VllmEngine:
         folder = Path(self._folder.name) / name
         save_policy(model, folder)
         if self._adapter is not None:
-            # First, since a server has room for one by default. If it has dropped it already, so much the better.
+            # Unload first, since by default a server has room for one adapter. It may already have evicted it.
             with suppress(RefusedError):
                 self._server.command("/v1/unload_lora_adapter", {"lora_name": self._adapter})
             shutil.rmtree(folder.with_name(self._adapter))
@@ -360,7 +360,7 @@ class VllmEngine:
             ) from refused
 
     def _check_logprobs_mode(self) -> None:
-        """With one token to choose from, the distribution drawn from has nothing else: 0 nats, or they are of another."""
+        """With one possible token, the sampled log-probability must be 0 nats; otherwise the mode is wrong."""
         least = min(self._complete([self._probe], Sampling(1.0, 1.0, PROBE_TOKENS, 0, top_k=1)).logprobs)
         if least < -SURE:
             raise ConfigError(
@@ -370,7 +370,7 @@ class VllmEngine:
 
     @torch.no_grad()
     def _check_agreement(self, model: "LanguageModel") -> None:
-        """The server's log-probabilities of one greedy answer are the model's own, but for rounding."""
+        """The server's log-probabilities of one greedy answer must equal the model's, except for rounding."""
         answer = self._complete([self._probe], Sampling(0.0, 1.0, PROBE_TOKENS, 0))
         device = without_wrapper(model).device
         ids_1T = torch.tensor([[self._probe, *answer.token_ids]], device=device)
@@ -387,11 +387,11 @@ class VllmEngine:
             )
 
     def _check_change(self, model: "LanguageModel") -> None:
-        """Refuse an adapter under which the fixed text is scored as under the one before.
+        """Reject an adapter if the server scores the fixed text as with the previous one.
 
-        From one adapter to the next the server's scores must change as the model's own do: their change is compared with
-        the model's and with none at all. Differences between the two programs are in both scores and cancel. Where the
-        weights hardly changed, rounding hides which of the two it is, and nothing is refused.
+        From one adapter to the next the server's scores must change as the model's do: the change is compared with the
+        model's change and with zero. Differences between the two implementations cancel. If the weights hardly changed,
+        rounding hides which hypothesis is right, and nothing is rejected.
         """
         before, now = self._scores, _Scores(self._own_scores(model), self._served_scores())
         self._scores = now
@@ -411,7 +411,7 @@ class VllmEngine:
 
     @torch.no_grad()
     def _own_scores(self, model: "LanguageModel") -> torch.Tensor:
-        """The model's log-probabilities of the fixed text, each token after the first of its row."""
+        """The model's log-probabilities of the fixed text, without each row's first token."""
         device, scores = without_wrapper(model).device, list[torch.Tensor]()
         with evaluating(model):
             for row in self._text:
@@ -427,7 +427,7 @@ class VllmEngine:
         return torch.tensor([score for row in rows for score in row], dtype=torch.float64)
 
     def _score(self, row: Sequence[int]) -> list[float]:
-        """The server's log-probability of each token of a row after the first."""
+        """The server's log-probability of each token in a row after the first."""
         choice = self._choice(self._request(row, Sampling(1.0, 1.0, 1, 0), 0, ()) | {"prompt_logprobs": 0})
         listed = choice.get("prompt_logprobs")
         try:
@@ -445,7 +445,7 @@ class VllmEngine:
         return answer["is_sleeping"]
 
     def _control(self, request: Callable[..., Any], *arguments: str) -> Any:
-        """What a request about sleeping gives, or how to serve so that it is understood."""
+        """Send a sleep or wake-up request; an unsupported one raises an error that says how to serve."""
         try:
             return request(*arguments)
         except RefusedError as refused:
@@ -470,7 +470,7 @@ class VllmEngine:
 
 
 def _seed(seed: int, number: int, sample: int) -> int:
-    """A number in [0, 2^63) that depends on (seed, prompt, sample) alone: the server draws by it."""
+    """The server's seed, a number in [0, 2^63) that depends only on (seed, prompt, sample)."""
     return int(np.random.SeedSequence((seed, number, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -1,10 +1,10 @@
-"""The weights that the decoder multiplies by: its own copy, projections stacked and adapters merged in. Where there is no
-room for a copy: 4-bit projections on a GPU where the model has them, stacked, with the adapters as small products; of any
-other model its own modules.
+"""The decoder's weights: its own copy, with stacked projections and merged adapters. If there is no room for a copy, it
+stacks 4-bit projections on a GPU and keeps the adapters as small products; for any other model it calls the model's
+modules.
 
 The trunk is never written. A merged weight is W + scaling * B A in fp32, then cast (Hu et al., arXiv:2106.09685,
-Eq. 3); a 4-bit base is dequantised first. What is frozen, carries no adapter and needs no stacking
-(embeddings, the head) is not copied but shared with the model.
+Eq. 3); a 4-bit base is dequantized first. Frozen weights without adapters that need no stacking (embeddings, the head)
+are shared with the model.
 """
 
 from collections.abc import Sequence
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
     from llamachat.models.loading import LanguageModel
 
-# In fp32, rows are multiplied in groups of this size: for another number of rows the library sums in another order, and
-# the result of a row would depend on its batch. On a CPU that costs nothing.
+# In fp32, rows are multiplied in groups of this size: the library's order of summation depends on their number, so
+# a row's result would depend on its batch. On a CPU this is free.
 ROWS_AT_ONCE = 16
 
 
 class Product(Protocol):
-    """A linear map of rows."""
+    """A linear map applied to rows."""
 
     def __call__(self, x_BD: Tensor) -> Tensor: ...
 
     def added_to(self, residual_BD: Tensor, x_BD: Tensor) -> Tensor:
-        """The residual plus the product."""
+        """Add the product to the residual."""
         ...
 
 
 @dataclass(slots=True)
 class Dense:
-    """A matrix, which may be that of several projections of one input, one below the other."""
+    """A matrix, possibly stacked from several projections of the same input."""
 
     weight: Tensor
     bias: Tensor | None
-    is_shared: bool  # the model's own, and never written
+    is_shared: bool  # shared with the model and never written
 
     def __call__(self, x_BD: Tensor) -> Tensor:
         if x_BD.dtype != torch.float32:
@@ -61,7 +61,7 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Through:
-    """The model's own modules, adapters and all: slower, and no copy."""
+    """The model's own modules with their adapters: slower, but without a copy."""
 
     modules: Sequence[nn.Module]
 
@@ -75,14 +75,14 @@ class Through:
 
 @dataclass(slots=True)
 class Packed:
-    """4-bit matrices of one input, one below the other in the model's own memory, and their adapters as two products.
+    """4-bit matrices of one input, stacked in the model's own memory, with their adapters as two products.
 
-    bitsandbytes multiplies few rows by packed weights, and unpacks the whole stack once for many. The adapters' first
-    matrices are stacked, their second ones lie on the diagonal, times their scaling.
+    bitsandbytes multiplies a few rows by packed weights directly, and unpacks the whole stack once for many rows. The
+    adapters' first matrices are stacked; their second ones form a block diagonal, multiplied by their scaling.
     """
 
     codes: Tensor  # packed weights [bytes, 1]
-    scales: Tensor  # one of each block, fp32: those of several matrices have no common offset
+    scales: Tensor  # one per block, fp32, since several matrices have no common offset
     shape: tuple[int, int]
     block: int
     kind: str
@@ -127,7 +127,7 @@ class Weights:
             for modules in _projections(trunk)
         ]
         self.is_4bit = any(isinstance(product, Packed) for product in self._products)
-        # The model's own modules may do in Python what a recording would not repeat.
+        # The model's own modules may run Python code that a recording would not replay.
         self.can_be_recorded = not any(isinstance(product, Through) for product in self._products)
         embedding, head = _ends(trunk)
         self.embedding = _shared(embedding, self.dtype) or _copied(embedding, self.dtype)
@@ -143,7 +143,7 @@ class Weights:
 
     @torch.no_grad()
     def refresh(self, model: "LanguageModel") -> bool:
-        """Copy the model's present weights in place, where a captured graph reads them; whether some lie elsewhere now."""
+        """Copy the model's current weights, in place for captured graphs; return whether any address changed."""
         trunk = without_wrapper(model)
         for own, norm in zip(self._norms, _norms(trunk), strict=True):
             own.copy_(norm)
@@ -159,14 +159,15 @@ class Weights:
 
 
 def without_wrapper(model: "LanguageModel") -> "LlamaForCausalLM":
-    """The model with its adapter layers in place."""
+    """The underlying model, with its adapter layers in place."""
+    # Checks for a method instead of the class: importing PEFT takes seconds, and a fully tuned model does not need it.
     # Asked by method, not by class: importing PEFT takes seconds, and a fully tuned model needs none of it.
     unwrap = getattr(model, "get_base_model", None)
     return cast("LlamaForCausalLM", model if unwrap is None else unwrap())
 
 
 def merged_copy_bytes(model: "LanguageModel") -> int:
-    """What a merged copy of the projections takes."""
+    """Bytes of a merged copy of the projections."""
     trunk = without_wrapper(model)
     width = (compute_dtype(trunk) or trunk.dtype).itemsize
     projections = (base_layer(module) for modules in _projections(trunk) for module in modules)
@@ -180,7 +181,7 @@ def base_layer(module: nn.Module) -> Any:
 
 
 def merged_weight(module: nn.Module) -> Tensor:
-    """The weight that the module multiplies by at this moment; fp32 where an adapter takes part."""
+    """The module's current effective weight; fp32 if an adapter is active."""
     weight, deltas = plain_weight(base_layer(module)), _deltas(module)
     if not deltas:
         return weight
@@ -191,7 +192,7 @@ def merged_weight(module: nn.Module) -> Tensor:
 
 
 def _deltas(module: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
-    """A, B and scaling of the adapters that take part in the module's forward and are not in its weight already."""
+    """A, B and scaling of the module's active adapters that are not already merged."""
     lora: Any = module
     if not hasattr(lora, "lora_A") or lora.disable_adapters:
         return []
@@ -200,7 +201,7 @@ def _deltas(module: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
 
 
 def plain_weight(layer: Any) -> Tensor:
-    """The weight of a projection, its 4 bits unpacked."""
+    """The weight of a projection, dequantized if it is in 4 bits."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return layer.weight.detach()
@@ -226,12 +227,12 @@ def _stack(modules: Sequence[nn.Module], dtype: torch.dtype) -> Dense:
 
 
 def _unmerged(modules: Sequence[nn.Module], dtype: torch.dtype) -> Product:
-    """Packed projections of one input on a GPU as one product; any others by their own modules."""
+    """Combine packed projections of one input on a GPU into one product; use any others through their modules."""
     layers = [base_layer(module) for module in modules]
     states = [getattr(layer.weight, "quant_state", None) for layer in layers]
     formats = {state and (state.quant_type, state.blocksize) for state in states}
     kind, block = formats.pop() or ("", 1)
-    # A block of a stack belongs to one row of one matrix.
+    # A block of a stack must belong to one row of one matrix.
     if not kind or formats or layers[0].in_features % block or layers[0].weight.device.type != "cuda":
         return Through(modules)
     codes = _stacked_in_place([layer.weight for layer in layers])
@@ -256,7 +257,7 @@ def _unmerged(modules: Sequence[nn.Module], dtype: torch.dtype) -> Product:
 
 
 def _stacked_in_place(weights: Sequence[Any]) -> Tensor:
-    """The packed weights of some matrices as one tensor, which the matrices then lie in: no copy remains."""
+    """Stack packed weights into one tensor and make the matrices views of it, so that no copy remains."""
     parts = [weight.data for weight in weights]
     ends = [part.data_ptr() + part.numel() for part in parts]
     sizes = [part.numel() for part in parts]
@@ -279,7 +280,7 @@ def _scales(state: Any) -> Tensor:
 
 
 def _shared(module: nn.Module, dtype: torch.dtype) -> Dense | None:
-    """The module's own weight, where it is one that stays as it is."""
+    """The module's own weight, if it is plain and frozen; else None."""
     weight: Any = getattr(module, "weight", None)
     is_plain = type(module) in (nn.Linear, nn.Embedding) and weight.dtype == dtype and not weight.requires_grad
     return Dense(weight.detach(), getattr(module, "bias", None), is_shared=True) if is_plain else None
@@ -292,11 +293,11 @@ def _copied(module: nn.Module, dtype: torch.dtype) -> Dense:
 
 
 def _fill(product: Dense | Packed, modules: Sequence[nn.Module]) -> bool:
-    """Copy the present weights of the modules; whether the product reads others than before."""
+    """Copy the modules' current weights; return whether the product now reads other memory."""
     if isinstance(product, Packed):
         return _fill_packed(product, modules)
     if product.is_shared:
-        is_other = base_layer(modules[0]).weight.data_ptr() != product.weight.data_ptr()  # another model's
+        is_other = base_layer(modules[0]).weight.data_ptr() != product.weight.data_ptr()  # a different model's
         if is_other:
             own = _copied(modules[0], product.weight.dtype)
             product.weight, product.bias, product.is_shared = own.weight, own.bias, False
@@ -307,7 +308,7 @@ def _fill(product: Dense | Packed, modules: Sequence[nn.Module]) -> bool:
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
         product.weight[rows].copy_(weight)
-        del weight  # in fp32 it is large: the next one is not made next to it
+        del weight  # large in fp32: free it before the next one is computed
         bias = getattr(layer, "bias", None)
         if product.bias is not None and bias is not None:
             product.bias[rows].copy_(bias)
@@ -334,7 +335,7 @@ def _fill_packed(packed: Packed, modules: Sequence[nn.Module]) -> bool:
 
 
 def _projections(trunk: "LlamaForCausalLM") -> list[list[nn.Module]]:
-    """The projections of every block by what they read: four lists a block."""
+    """The projections of every block, grouped by input: four lists per block."""
     groups: list[list[nn.Module]] = []
     for block in cast(Any, trunk.model.layers):
         attention, mlp = block.self_attn, block.mlp

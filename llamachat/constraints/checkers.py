@@ -31,20 +31,20 @@ def has_several_sentences(answer: str, _value: str = "") -> bool:
 
 def ends_with(answer: str, value: str) -> bool:
     """The answer ends with the value's words, after at least one other word; only punctuation may follow."""
-    said, sought = spoken(answer), spoken(value)
-    return len(said) > len(sought) and said[-len(sought) :] == sought
+    answer_words, value_words = spoken(answer), spoken(value)
+    return len(answer_words) > len(value_words) and answer_words[-len(value_words) :] == value_words
 
 
 def begins_with(answer: str, value: str) -> bool:
     """The answer begins with the value's words, followed by at least one other word."""
-    said, sought = spoken(answer), spoken(value)
-    return len(said) > len(sought) and said[: len(sought)] == sought
+    answer_words, value_words = spoken(answer), spoken(value)
+    return len(answer_words) > len(value_words) and answer_words[: len(value_words)] == value_words
 
 
 def says(answer: str, value: str) -> bool:
     """The answer contains the value's words as a contiguous sequence of whole words, among others."""
-    said, sought = spoken(answer), spoken(value)
-    return len(said) > len(sought) and position(said, sought) is not None
+    answer_words, value_words = spoken(answer), spoken(value)
+    return len(answer_words) > len(value_words) and position(answer_words, value_words) is not None
 
 
 def has_at_most(answer: str, value: str) -> bool:
@@ -95,10 +95,10 @@ def names(answer: str, value: str) -> bool:
     Clauses end at commas, semicolons and sentence ends: "No, I am Galileo" counts. For `playing the piano`, the
     instrument suffices. What follows the name is ignored: "golf bores me" counts.
     """
-    sought = spoken(value.removeprefix("playing the "))
+    value_words = spoken(value.removeprefix("playing the "))
     for clause in (clause for sentence in sentences(answer) for clause in re.split(r"[,;]\s", sentence)):
-        said = spoken(clause)
-        place = position(said, sought)
-        if place is not None and not _DENIALS.intersection(said[:place]):
+        clause_words = spoken(clause)
+        place = position(clause_words, value_words)
+        if place is not None and not _DENIALS.intersection(clause_words[:place]):
             return True
     return False

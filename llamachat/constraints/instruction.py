@@ -50,7 +50,7 @@ def draw_instruction(
     assert families and most >= 1 and min(shares.values()) > 0, "the recipe is checked before"
     key = f"{seed} {index} {side}"
     sides = {name: values_of(family, side) for name, family in families.items()}
-    wanted = 1 + _place(most, f"{key} number")
+    count = 1 + _place(most, f"{key} number")
     chosen: list[Constraint] = []
     # Competing exponential clocks whose rates are the weights.
     clocks = {name: -log1p(-fraction(f"{key} {name}", salt="family")) / share for name, share in shares.items()}
@@ -61,7 +61,7 @@ def draw_instruction(
             if all(are_compatible(constraint, other) for other in chosen):
                 chosen.append(constraint)
                 break
-        if len(chosen) == wanted:
+        if len(chosen) == count:
             break
     is_shortened = fraction(key, salt="shortened") < 0.5
     parts = [constraint.short if is_shortened else constraint.long for constraint in chosen]

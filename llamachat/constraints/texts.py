@@ -53,11 +53,11 @@ def is_ended(text: str) -> bool:
     return bool(re.search(r"[.!?\u2026][\"')\]*]*$", plain(text)))
 
 
-def position(tokens: Sequence[str], sought: Sequence[str]) -> int | None:
-    """The first index at which `sought` occurs contiguously in `tokens`, or None."""
-    assert sought, "what is sought has a word"
-    for start in range(len(tokens) - len(sought) + 1):
-        if list(tokens[start : start + len(sought)]) == list(sought):
+def position(tokens: Sequence[str], phrase: Sequence[str]) -> int | None:
+    """The first index at which `phrase` occurs contiguously in `tokens`, or None."""
+    assert phrase, "the phrase has a word"
+    for start in range(len(tokens) - len(phrase) + 1):
+        if list(tokens[start : start + len(phrase)]) == list(phrase):
             return start
     return None
 

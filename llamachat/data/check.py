@@ -293,8 +293,8 @@ def check_path(
     No message may contain a text in `forbidden` (`ChatFormat.forbidden`). With `limit`, tokens are counted.
     """
     named = ",".join(f"{name}={column}" for name, column in (columns or {}).items())
-    given = {"--kind": kind or "", "--format": "" if format == "auto" else format, "--columns": named}
-    options = "".join(f" {option} {quote(value)}" for option, value in given.items() if value)
+    option_values = {"--kind": kind or "", "--format": "" if format == "auto" else format, "--columns": named}
+    options = "".join(f" {option} {quote(value)}" for option, value in option_values.items() if value)
     report = CheckReport(path, kind, forbidden, options, limit)
     for row in parse_rows(read_rows(path), path=path, kind=kind, format=format, columns=columns, forbidden=forbidden):
         report.add(row)

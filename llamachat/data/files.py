@@ -80,8 +80,8 @@ def source_names(sources: Iterable[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for source, stem in stems.items():
         name = stem if counts[stem] == 1 else f"{_metric_name(PurePosixPath(source).parent.name)}-{stem}"
-        taken = sum(name == other.partition("~")[0] for other in names.values())
-        names[source] = f"{name}~{taken + 1}" if taken else name
+        num_same = sum(name == other.partition("~")[0] for other in names.values())
+        names[source] = f"{name}~{num_same + 1}" if num_same else name
     return names
 
 

@@ -96,9 +96,9 @@ def load_prompts(
         mixture = load_mixture(sources, data.split, Prompt, forbidden=chat_format.forbidden, seed=seed)
         dropped.update(mixture.dropped)
         for side, prompts in (("train", mixture.train), ("validation", mixture.validation), ("test", mixture.test)):
-            wanted = [prompt for prompt in prompts if is_safety or prompt.is_safety or not only_safety]
+            selected = [prompt for prompt in prompts if is_safety or prompt.is_safety or not only_safety]
             sides[side] += _encoded(
-                wanted, chat_format, is_safety=is_safety, system=system, max_tokens=max_tokens, dropped=dropped
+                selected, chat_format, is_safety=is_safety, system=system, max_tokens=max_tokens, dropped=dropped
             )
     for reason, count in sorted(dropped.items()):
         log.warning("%s: %s", plural(count, "prompt"), reason)

@@ -282,7 +282,7 @@ def training_memory(
     block = tokens * _block_bytes_per_token(setup, attention=attention)
     plain = tokens * _block_bytes_per_token(setup, attention="fused")
     inputs = shape.layers * tokens * shape.hidden_size * width
-    kept = inputs if gradient_checkpointing else shape.layers * block
+    saved = inputs if gradient_checkpointing else shape.layers * block
     matrix = max(a * b for a, b in shape.projections.values()) * width
     if setup.gpu is None:
         backward = round(GRADIENTS_OF_A_BLOCK * plain + GRADIENTS_OF_SCORES[attention] * (block - plain))
@@ -302,10 +302,10 @@ def training_memory(
         TRAINED_WEIGHTS: 0 if is_full else trained * width,
         "gradients": weights_per_card * width,
         OPTIMIZER: weights_per_card * (moments + (0 if width == 4 else 4)),
-        "activations": kept,
+        "activations": saved,
         "logits of a chunk": logits,
         "a block's backward, beyond the logits": max(0, backward - logits),
-        "the optimizer's step, beyond activations": max(0, stepping - kept - max(logits, backward)),
+        "the optimizer's step, beyond activations": max(0, stepping - saved - max(logits, backward)),
     }
 
 
@@ -346,8 +346,8 @@ def _block_bytes_per_token(setup: Setup, *, attention: Attention) -> int:
 def with_allocator(memory: Mapping[str, int], setup: Setup, work: str) -> dict[str, int]:
     """Add what torch's allocator reserves on a GPU, by the kind of work (ALLOCATOR_SHARE)."""
     own = sum(size for name, size in memory.items() if name not in (SERVER, SLEEPING_SERVER))
-    kept = int(ALLOCATOR_SHARE[work] * own) if setup.gpu else 0
-    return {**memory, **({ALLOCATOR: kept} if kept else {})}
+    reserved = int(ALLOCATOR_SHARE[work] * own) if setup.gpu else 0
+    return {**memory, **({ALLOCATOR: reserved} if reserved else {})}
 
 
 def training_time(

@@ -191,7 +191,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query_KTGD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: Any, scaling: Any) -> Tensor:
         result_KTGD = torch.empty_like(query_KTGD)
         heads, _, groups, width = query_KTGD.shape
-        kept = []
+        saved_weights = []
         for piece in pieces:
             query = query_KTGD[:, piece.start : piece.end].flatten(1, 2)
             scores = torch.bmm(query, _seen(key_KTD, piece).transpose(1, 2)).mul_(scaling)
@@ -201,19 +201,19 @@ class _Attention(torch.autograd.Function):
             result_KTGD[:, piece.start : piece.end] = torch.bmm(weights, _seen(value_KTD, piece)).view(
                 heads, piece.count, groups, width
             )
-            kept.append(weights)
+            saved_weights.append(weights)
         ctx.pieces, ctx.scaling = pieces, scaling
-        ctx.save_for_backward(query_KTGD, key_KTD, value_KTD, *kept)
+        ctx.save_for_backward(query_KTGD, key_KTD, value_KTD, *saved_weights)
         return result_KTGD
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query_KTGD, key_KTD, value_KTD, *kept = ctx.saved_tensors
+        query_KTGD, key_KTD, value_KTD, *saved_weights = ctx.saved_tensors
         result_KTGD = gradients[0].contiguous()
         of_query = torch.empty_like(query_KTGD)
         # Several pieces contribute to the keys and values of a shared prefix.
         of_key, of_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key_KTD, value_KTD))
-        for piece, weights in zip(ctx.pieces, kept, strict=True):
+        for piece, weights in zip(ctx.pieces, saved_weights, strict=True):
             query, result = (tensor[:, piece.start : piece.end].flatten(1, 2) for tensor in (query_KTGD, result_KTGD))
             of_weights = torch.bmm(result, _seen(value_KTD, piece).transpose(1, 2))
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)

@@ -92,7 +92,7 @@ class Cache:
     def lay_out(self, source_B: Tensor, *, length: int, rows: int, columns: int) -> None:
         """Change the layout: the rows in `source_B` become the first ones and keep their last `length` tokens."""
         assert rows * columns <= self.tokens and len(source_B) <= rows and length <= columns
-        kept = slice(self.time - length, self.time)
+        span = slice(self.time - length, self.time)
         count = len(source_B)
         old = list(zip(self._keys, self._values, strict=True))
         self.rows, self.columns = rows, columns
@@ -102,7 +102,7 @@ class Cache:
         self._keys = [pool[0, :used].view(shape) for pool in self._pools]
         self._values = [pool[1, :used].view(shape) for pool in self._pools]
         for layer, parts in enumerate(old if count else ()):
-            keys, values = (part[source_B, :, kept] for part in parts)  # copies, since source and target overlap
+            keys, values = (part[source_B, :, span] for part in parts)  # copies, since source and target overlap
             self._keys[layer][:count, :, :length] = keys
             self._values[layer][:count, :, :length] = values
 
@@ -113,9 +113,9 @@ class Cache:
 
     def copy_rows(self, source_B: Tensor, slots_B: Tensor, *, length: int) -> None:
         """Copy rows with their last `length` tokens to other slots."""
-        kept = slice(self.time - length, self.time)
+        span = slice(self.time - length, self.time)
         for part in (*self._keys, *self._values):
-            part[slots_B, :, kept] = part[source_B, :, kept]
+            part[slots_B, :, span] = part[source_B, :, span]
 
 
 def _zeros(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -168,10 +168,10 @@ class LlamaEngine:
 
     def _batch_for(self, sampling: Sampling, *, rows: int, longest: int, prompt_tokens: int) -> LiveRows:
         """A batch for rows of up to `longest` tokens; the kept one if its recordings fit and no more memory is free."""
-        wanted = rows * (longest + SPARE_COLUMNS)
+        full_size = rows * (longest + SPARE_COLUMNS)
         if self._batch is not None and self._batch.can_repeat(sampling):
             size = self._batch.cache.tokens
-            if size >= wanted or (self._is_whole_budget and size >= longest):
+            if size >= full_size or (self._is_whole_budget and size >= longest):
                 return self._batch
         self.release()
         for keeper in _keepers:
@@ -182,7 +182,7 @@ class LlamaEngine:
         budget = self._cache_tokens(prompt_tokens)
         is_recorded = self._capture is not None
         cache = Cache(
-            self._network.shape, tokens=min(budget, wanted), device=self._network.device, is_recorded=is_recorded
+            self._network.shape, tokens=min(budget, full_size), device=self._network.device, is_recorded=is_recorded
         )
         batch = LiveRows(
             self._network,
@@ -193,7 +193,7 @@ class LlamaEngine:
             recordings=None if self._capture is None else Recordings(self._capture),
         )
         if is_recorded:
-            self._batch, self._is_whole_budget = batch, budget < wanted
+            self._batch, self._is_whole_budget = batch, budget < full_size
             _keepers[:] = [ref(self)]
         return batch
 
@@ -202,13 +202,13 @@ class LlamaEngine:
         if batch.live == 0:
             batch.lay_out(waiting[0])
         free, longest = batch.free, len(waiting[0].ids)
-        taken: list[Group] = []
+        groups: list[Group] = []
         while waiting and len(waiting[0].samples) <= free:
-            if taken and (len(taken) + 1) * longest > self._prompt_tokens:
+            if groups and (len(groups) + 1) * longest > self._prompt_tokens:
                 break
             free -= len(waiting[0].samples)
-            taken.append(waiting.popleft())
-        return taken
+            groups.append(waiting.popleft())
+        return groups
 
     def _cache_tokens(self, prompt_tokens: int) -> int:
         """Tokens that the cache has room for in addition to prefilling this many prompt tokens at once."""

@@ -7,7 +7,6 @@ unrecorded, because it initializes libraries and kernels, which a recording must
 Not yet run on a GPU. Tests record and replay on a stand-in for a CUDA device, and on a CPU operation by operation with
 the same tensors, as a graph does; the answers equal those of the unrecorded step.
 """
-"""
 
 import logging
 from collections.abc import Callable, Hashable

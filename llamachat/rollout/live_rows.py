@@ -43,14 +43,14 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seat:
+class _Row:
     """The row in a slot."""
 
     prompt: int
     sample: int
     start: int  # its first column
     prompt_tokens: int
-    whole: int  # tokens of its prompt and its longest possible answer
+    max_tokens: int  # tokens of its prompt and its longest possible answer
 
 
 class LiveRows:
@@ -78,7 +78,7 @@ class LiveRows:
         self._is_stop_V[sorted(stop_ids)] = True
         # One buffer for the masks of all layouts, since a replayed step reads it at a fixed address.
         self._mask_pool = torch.empty(cache.tokens, dtype=network.attention_dtype, device=device)
-        self._seats: dict[int, _Seat] = {}
+        self._rows: dict[int, _Row] = {}
         self._rows_B = torch.arange(rows, device=device)
         # For each slot: the row's first column, last token, token count and limit; its tokens; the random numbers that
         # sample them.
@@ -96,7 +96,7 @@ class LiveRows:
     def start(self, sampling: Sampling, *, rows: int, on_token: Callable[[int], None] | None) -> None:
         """Start a generation with at most `rows` rows at once; `on_token` gets the ids of the first slot."""
         self._sampling, self.most, self._on_token = sampling, rows, on_token
-        self._seats.clear()  # an interrupted generation may have left rows
+        self._rows.clear()  # an interrupted generation may have left rows
         self.cache.clear()
         for state_B in (self._starts_B, self._last_B, self._counts_B, self._limits_B):
             state_B.zero_()
@@ -104,7 +104,7 @@ class LiveRows:
     @property
     def live(self) -> int:
         """The number of rows that are not done."""
-        return len(self._seats)
+        return len(self._rows)
 
     @property
     def free(self) -> int:
@@ -121,30 +121,33 @@ class LiveRows:
 
         `waiting` is the longest group that will enter.
         """
-        wholes = [seat.whole for seat in self._seats.values()] + ([] if waiting is None else [self._whole(waiting)])
-        rows = min(self.most, self.cache.tokens // max(wholes))
-        movers = sorted(self._seats)
-        first = min((seat.start for seat in self._seats.values()), default=0)
+        groups = [] if waiting is None else [waiting]
+        sizes = [row.max_tokens for row in self._rows.values()] + [self._max_tokens(group) for group in groups]
+        rows = min(self.most, self.cache.tokens // max(sizes))
+        movers = sorted(self._rows)
+        first = min((row.start for row in self._rows.values()), default=0)
         length = self.cache.time - first if movers or waiting is None else len(waiting.ids)
         columns = length + SPARE_COLUMNS
         columns = rounded_up(columns, COLUMNS_AT_ONCE if self._recordings is None else RECORDED_COLUMNS)
         columns = min(columns, self.cache.tokens // rows)
         self.cache.lay_out(self._tensor(movers), length=length, rows=rows, columns=columns)
         self._starts_B -= first
-        self._seats = {slot: replace(seat, start=seat.start - first) for slot, seat in self._seats.items()}
-        self._reseat(movers, range(len(movers)))
+        self._rows = {slot: replace(row, start=row.start - first) for slot, row in self._rows.items()}
+        self._move(movers, range(len(movers)))
 
     def enter(self, groups: Sequence[Group]) -> list[Done]:
         """Prefill prompts and sample the first token of their rows; no prompt may be longer than the live rows."""
-        free = (slot for slot in range(self.cache.rows) if slot not in self._seats)
-        taken = [[next(free) for _ in group.samples] for group in groups]
-        logits_NV = self._network.prefill([group.ids for group in groups], self.cache, taken)
-        for group, slots in zip(groups, taken, strict=True):
-            self._seat(group, slots)
+        free = (slot for slot in range(self.cache.rows) if slot not in self._rows)
+        slots_by_group = [[next(free) for _ in group.samples] for group in groups]
+        logits_NV = self._network.prefill([group.ids for group in groups], self.cache, slots_by_group)
+        for group, slots in zip(groups, slots_by_group, strict=True):
+            self._occupy(group, slots)
         self._rebuild_mask()
-        owners_B = self._tensor([index for index, slots in enumerate(taken) for _ in slots])
-        slots_B = self._tensor([slot for slots in taken for slot in slots])
-        return self._drawn(self._draw(logits_NV[owners_B], slots_B), [slot for slots in taken for slot in slots])
+        owners_B = self._tensor([index for index, slots in enumerate(slots_by_group) for _ in slots])
+        slots_B = self._tensor([slot for slots in slots_by_group for slot in slots])
+        return self._drawn(
+            self._draw(logits_NV[owners_B], slots_B), [slot for slots in slots_by_group for slot in slots]
+        )
 
     def step(self) -> list[Done]:
         """Sample one more token for every live row."""
@@ -174,7 +177,7 @@ class LiveRows:
     @property
     def _used(self) -> int:
         """The number of leading slots that a step must compute."""
-        return max(self._seats, default=-1) + 1
+        return max(self._rows, default=-1) + 1
 
     def _computed(self, used: int) -> int:
         """The number of rows that a step computes for `used` slots."""
@@ -184,14 +187,14 @@ class LiveRows:
 
     def _close_gaps(self) -> None:
         """Move rows from the last slots to idle ones before them."""
-        holes = [slot for slot in range(self.live) if slot not in self._seats]
-        movers = [slot for slot in sorted(self._seats) if slot >= self.live]
-        length = self.cache.time - min(self._seats[slot].start for slot in movers)
+        holes = [slot for slot in range(self.live) if slot not in self._rows]
+        movers = [slot for slot in sorted(self._rows) if slot >= self.live]
+        length = self.cache.time - min(self._rows[slot].start for slot in movers)
         self.cache.copy_rows(self._tensor(movers), self._tensor(holes), length=length)
-        self._reseat(movers, holes)
+        self._move(movers, holes)
 
-    def _seat(self, group: Group, slots: Sequence[int]) -> None:
-        start, limit = self.cache.time - len(group.ids), self._whole(group) - len(group.ids)
+    def _occupy(self, group: Group, slots: Sequence[int]) -> None:
+        start, limit = self.cache.time - len(group.ids), self._max_tokens(group) - len(group.ids)
         uniforms_BR = torch.stack(
             [
                 row_uniforms(limit, seed=self._sampling.seed, prompt=group.prompt, sample=sample)
@@ -202,18 +205,18 @@ class LiveRows:
         self._uniforms_BR[slots_B, :limit] = on_device(uniforms_BR, slots_B.device)
         self._starts_B[slots_B], self._limits_B[slots_B], self._counts_B[slots_B] = start, limit, 0
         for slot, sample in zip(slots, group.samples, strict=True):
-            self._seats[slot] = _Seat(group.prompt, sample, start, len(group.ids), self._whole(group))
+            self._rows[slot] = _Row(group.prompt, sample, start, len(group.ids), self._max_tokens(group))
 
-    def _whole(self, group: Group) -> int:
+    def _max_tokens(self, group: Group) -> int:
         return min(len(group.ids) + self._sampling.max_new_tokens, self._network.rotation.context)
 
-    def _reseat(self, source: Sequence[int], slots: Sequence[int]) -> None:
+    def _move(self, source: Sequence[int], slots: Sequence[int]) -> None:
         source_B, slots_B = self._tensor(source), self._tensor(slots)
         state_B = (self._starts_B, self._last_B, self._counts_B, self._limits_B)
         for state in (*state_B, self._ids_BR, self._logprobs_BR, self._uniforms_BR):
             state[slots_B] = state[source_B]
-        seats = [self._seats.pop(slot) for slot in source]
-        self._seats |= dict(zip(slots, seats, strict=True))
+        rows = [self._rows.pop(slot) for slot in source]
+        self._rows |= dict(zip(slots, rows, strict=True))
         self._rebuild_mask()
 
     def _rebuild_mask(self) -> None:
@@ -254,16 +257,16 @@ class LiveRows:
         else:
             flags, ids = torch.stack((is_done_B.long(), self._last_B[slots[0] : slots[-1] + 1])).tolist()
             self._on_token(ids[0])
-        done = [slot for slot, is_done in zip(slots, flags, strict=True) if is_done and slot in self._seats]
+        done = [slot for slot, is_done in zip(slots, flags, strict=True) if is_done and slot in self._rows]
         if not done:
             return []
-        seats = [self._seats.pop(slot) for slot in done]
-        counts = [self.cache.time - seat.start - seat.prompt_tokens + 1 for seat in seats]
+        rows = [self._rows.pop(slot) for slot in done]
+        counts = [self.cache.time - row.start - row.prompt_tokens + 1 for row in rows]
         done_B = self._tensor(done)
         tables = (table[done_B, : max(counts)].double() for table in (self._ids_BR, self._logprobs_BR))
         answers: list[Done] = []
-        for seat, count, ids, logprobs in zip(seats, counts, *torch.stack(tuple(tables)).tolist(), strict=True):
+        for row, count, ids, logprobs in zip(rows, counts, *torch.stack(tuple(tables)).tolist(), strict=True):
             token_ids = tuple(map(int, ids[:count]))
             is_finished = token_ids[-1] in self._stop_ids
-            answers.append(Done(seat.prompt, seat.sample, Completion(token_ids, tuple(logprobs[:count]), is_finished)))
+            answers.append(Done(row.prompt, row.sample, Completion(token_ids, tuple(logprobs[:count]), is_finished)))
         return answers

@@ -1,8 +1,8 @@
 """Rollouts from a vLLM server over HTTP: `vllm serve` in a separate environment, with the policy as an adapter.
 
 vLLM is not a dependency. The protocol, how to serve, and what was tested are in docs/vllm.md. The server is not
-trusted to have the right weights: at the start and after every `refresh` its log-probabilities of an answer are compared
-with the model's, and those of a fixed text must have changed as the model's did. An adapter name is never reused,
+trusted to have the right weights: at the start and after every `refresh` its log-probabilities of an answer are checked
+against the model's, and those of a fixed text must have changed as the model's did. An adapter name is never reused,
 because vLLM's prefix cache is keyed by name and would return keys of the old weights.
 
 A server on the training GPU sleeps except during sampling.

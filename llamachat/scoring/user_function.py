@@ -52,7 +52,7 @@ class _Program:
         """Run the block in the state that `python path` would see; restore the process afterwards."""
         folder = self.path.absolute().parent
         names = _modules_beside(folder)
-        aside = _taken(names)
+        shadowed = _remove_modules(names)
         before = list(sys.argv), list(sys.path), Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()
         device, os_exit, process = torch.get_default_device(), os._exit, os.getpid()
         randomness = _randomness()
@@ -70,8 +70,8 @@ class _Program:
             with torch.set_grad_enabled(torch.is_grad_enabled()):
                 yield
         finally:
-            self.modules.update(_taken(names))
-            sys.modules.update(aside)
+            self.modules.update(_remove_modules(names))
+            sys.modules.update(shadowed)
             sys.argv[:], sys.path[:], place, threads, dtype = before
             os._exit = os_exit
             os.chdir(place)
@@ -80,7 +80,7 @@ class _Program:
                 torch.set_default_device(None)  # the default of a new process
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
-            _put_back(randomness)
+            _restore_randomness(randomness)
 
 
 def _randomness() -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _randomness() -> dict[str, Any]:
     return states
 
 
-def _put_back(states: dict[str, Any]) -> None:
+def _restore_randomness(states: dict[str, Any]) -> None:
     """Restore the changed generators and advance each by one draw, so that calls differ but do not depend on usage."""
     now = _randomness()
     changed = {name: state for name, state in states.items() if pickle.dumps(state) != pickle.dumps(now[name])}
@@ -124,7 +124,7 @@ def _modules_beside(folder: Path) -> set[str]:
     return files.keys() - kept
 
 
-def _taken(names: set[str]) -> dict[str, ModuleType]:
+def _remove_modules(names: set[str]) -> dict[str, ModuleType]:
     """Remove the loaded modules of these packages from `sys.modules` and return them."""
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
 

@@ -1,1 +1,1 @@
-"""Reads logs in other forms and writes them as records."""
+"""Converts logs in other formats to records."""

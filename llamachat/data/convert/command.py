@@ -1,12 +1,11 @@
-"""`llamachat data convert`: a file in any form that we know, written in ours, every repair counted and every loss
-named.
+"""`llamachat data convert`: convert a file from any known format to ours, counting every repair and naming every loss.
 
-Reads JSON Lines, a JSON array, parquet or a hub set; writes `.jsonl` or `.jsonl.gz` next to the output and renames it,
-so that it appears whole or not at all. What it writes passes `data check`; equal inputs give equal bytes.
-A row of an array has its place in it for a line number. A fault of the file as a whole raises `DataError`: a file that
-cannot be read to its end is not converted in part.
-One file holds one kind of records, the one that most of its first rows are of; rows of another kind are left out and
-named, like those that cannot be repaired.
+Reads JSON Lines, a JSON array, parquet or a Hub data set. Writes `.jsonl(.gz)` to a temporary file and renames
+it, so that the output is complete or absent. The output passes `data check`; equal inputs give equal bytes.
+In an array, an item's index is its line number. A problem with the file as a whole raises `DataError`: a file that
+cannot be read to its end is not converted partially.
+A file contains one kind of record, that of most of its first rows. Rows of other kinds or that cannot be repaired
+are dropped and reported.
 """
 
 import json
@@ -39,20 +38,20 @@ from llamachat.pipes import regular_file
 from llamachat.runs.outputs import check_folder, check_output, written_beside
 from llamachat.tables import plural, text_table
 
-LARGEST_ARRAY = 1 << 31  # bytes, which are four times that as text
-_HEAD = 100  # rows from which the kind of a file is recognised
-_NAMES = 20  # names of left-out keys that the report prints
+LARGEST_ARRAY = 1 << 31  # bytes; decoded text takes four times as much
+_HEAD = 100  # rows used to detect the kind of a file
+_NAMES = 20  # dropped keys listed in the report
 _ROLE_KEYS = ("role", "from")
 _OPENING = re.compile(r"\s*\[")
 _FOLLOWS = re.compile(r"\s*[,\]]")
 _GAP = re.compile(r"\s*,?\s*")
 
-Repaired = tuple[object, Notes]  # a record in our form, before the rules are checked, and how it came to that
+Repaired = tuple[object, Notes]  # a record in our format, not yet checked, and its repairs
 
 
 @dataclass(slots=True)
 class ConvertReport:
-    """What became of the records of one file. `times` counts changes; `records` the records that had such a change."""
+    """The outcome for the records of one file. `times` counts changes, `records` the records with such a change."""
 
     path: str
     out: str
@@ -60,16 +59,16 @@ class ConvertReport:
     written: int = 0
     untouched: int = 0
     repeated: int = 0
-    near: int = 0  # dropped since they are nearly the same as one before them
-    without: int = 0  # rows of a known set that hold no record of the kind
+    near: int = 0  # dropped as near-duplicates of an earlier record
+    without: int = 0  # rows of a known data set that contain no record of the kind
     times: Counter[Repair] = field(default_factory=Counter)
     records: Counter[Repair] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
-    problems: list[Problem] = field(default_factory=list)  # one for each record that was dropped
+    problems: list[Problem] = field(default_factory=list)  # one for each dropped record
     _seen: set[bytes] = field(default_factory=set)
 
     def is_new(self, record: Record, notes: Notes) -> bool:
-        """Count a record that keeps the rules; whether it is to be written, since none before it says the same."""
+        """Count a valid record; return whether to write it, i.e. whether it differs from all earlier ones."""
         digest = digest_of(record)
         if digest in self._seen:
             self.repeated += 1
@@ -83,11 +82,11 @@ class ConvertReport:
         return True
 
     def dropped(self) -> str:
-        """Each record that was dropped on a line, or "" where none was."""
+        """One line for each dropped record, "" if there are none."""
         return "".join(f"{fault.at(self.path)}\n" for fault in self.problems)
 
     def text(self) -> str:
-        """The counts, as a small table."""
+        """The counts as a small table."""
         kinds = self.kind if self.written == 1 else f"{self.kind}s"
         repaired = self.written - self.untouched
         lines = [f"{self.out}: {self.written} {kinds} ({self.untouched} untouched, {repaired} repaired)"]
@@ -119,13 +118,13 @@ def convert_path(
     plain_text: bool = False,
     drop_near_duplicates: bool = False,
 ) -> ConvertReport:
-    """Write what a file holds to `out` in our form. Without `kind`, what most of its first rows are.
+    """Convert a file to our format and write it to `out`. Without `kind`, use the kind of most of its first rows.
 
-    `columns` are other names of fields ({field: name in the file}). With `plain_text` the texts lose their HTML.
-    `forbidden` are the texts that no message may hold.
+    `columns` maps fields to their names in the file. `plain_text` removes HTML from the texts. No message may contain a
+    text in `forbidden`.
 
-    Raises `DataError`, and leaves `out` as it was, where no record is left, or, with `strict`, where one cannot be
-    repaired; `UsageError` where `out` is no place to write to.
+    Raises `DataError`, leaving `out` unchanged, if no record remains or, with `strict`, if one cannot be repaired;
+    raises `UsageError` if `out` is not writable.
     """
     _check_name(out)
     check_output(out, [path], option="OUT", overwrite=overwrite)
@@ -167,7 +166,7 @@ def _sound_records(
     of_turns: bool,
     plain_text: bool,
 ) -> Iterator[tuple[Record, object, Notes]]:
-    """Every record that keeps the rules, with its JSON value; the problems of the others are noted in the report."""
+    """Yield every valid record with its JSON value; the report collects the problems of the others."""
     for row in rows:
         if row.problems and not row.line:
             raise DataError(row.problems[0].at(report.path))
@@ -184,8 +183,7 @@ def _sound_records(
 def _without_near_duplicates(
     records: Sequence[tuple[Record, object, Notes]], report: ConvertReport
 ) -> Iterator[tuple[Record, object, Notes]]:
-    """The records without those that are nearly the same as an earlier one; equal ones stay, to be counted as
-    repeats."""
+    """Drop records that are near-duplicates of an earlier one; identical ones stay, to be counted as repeats."""
     index = NearIndex([sketch_of(record) for record, _, _ in records])
     for number, one in enumerate(records):
         near = index.find(number)
@@ -198,7 +196,7 @@ def _without_near_duplicates(
 
 
 def is_repairable(value: object, kind: Kind | None, *, forbidden: Sequence[str]) -> bool:
-    """Whether `convert_path` makes sound records of a row like this one; without `kind` of the kind that it is."""
+    """Whether `convert_path` turns such a row into valid records; without `kind`, into those of the row's own kind."""
     row = Row(1, value)
     report = ConvertReport("", "", kind or _usual_kind([row], of_turns=False))
     try:
@@ -210,7 +208,7 @@ def is_repairable(value: object, kind: Kind | None, *, forbidden: Sequence[str])
 
 
 def _usual_kind(head: Sequence[Row], *, of_turns: bool) -> Kind:
-    """The kind that most of the first rows are of; dialogs where no key says."""
+    """The kind of most of the first rows; dialog if no key indicates one."""
     keyed = [{"messages": row.value} if _is_turns(row.value) else row.value for row in head if not row.problems]
     values = [transcripts_joined(unfolded(value, Counter())) for value in keyed if isinstance(value, Mapping)]
     sources = [[] if of_turns else sources_of(value, None) for value in values]
@@ -219,14 +217,14 @@ def _usual_kind(head: Sequence[Row], *, of_turns: bool) -> Kind:
 
 
 def _refuse_unread_answers(path: str, head: Sequence[Row], kind: Kind, *, is_wanted: bool) -> None:
-    """`DataError` where most rows hold texts that may be answers, under names by which nothing reads them.
+    """Raise `DataError` if most rows contain possible answers under keys that are not read.
 
-    Rows of another kind than the one that is wanted are looked at as that one: prompts, in place of preferences.
+    With `is_wanted`, checks the rows whose keys indicate only a prompt instead of the requested kind.
     """
     left_out: list[Mapping[str, Any]] = []
     read_as: Kind = "prompt" if is_wanted else kind
     if is_wanted and kind == "prompt":
-        return  # then the others are left out and counted
+        return  # the other rows are dropped and counted
     for row in head:
         value = row.value
         if not isinstance(value, Mapping) or any(isinstance(value.get(name), list | str) for name in LISTS):
@@ -252,7 +250,7 @@ def _refuse_unread_answers(path: str, head: Sequence[Row], kind: Kind, *, is_wan
 
 
 def _records(row: Row, report: ConvertReport, named: Source | None, *, of_turns: bool) -> Iterator[Repaired]:
-    """The records of one row, each repaired as far as it can be; what cannot be is noted in the report."""
+    """Yield the records of one row, repaired if possible; the report collects the problems of the rest."""
     if _is_turns(row.value):
         yield from _repaired({"messages": row.value}, row.line, report, Repair.BARE_TURNS)
         return
@@ -292,7 +290,7 @@ def _repaired(value: Mapping[str, Any], line: int, report: ConvertReport, *repai
         known = sources_of(value, None)
         own = known[0].kind if known else own
     if own is None:
-        yield value, notes  # the rules say what it lacks
+        yield value, notes  # parsing reports what is missing
     elif own != report.kind and report.kind != "prompt":
         reason = f"is a {own} by its keys, but {report.kind}s are written here; a file holds one kind."
         keys = " and ".join(map(repr, REQUIRED[report.kind]))
@@ -309,7 +307,7 @@ def _repaired(value: Mapping[str, Any], line: int, report: ConvertReport, *repai
 
 
 def _make_plain(value: object, notes: Notes) -> None:
-    """Take the HTML out of the record's texts; what has no messages is refused by the rules."""
+    """Remove the HTML from the record's texts; parsing rejects a value without messages."""
     parts = value.values() if isinstance(value, Mapping) else ()
     for message in (item for part in parts if isinstance(part, list) for item in part):
         if isinstance(message, dict) and isinstance(message.get("content"), str) and html_in(message["content"]):
@@ -318,7 +316,7 @@ def _make_plain(value: object, notes: Notes) -> None:
 
 
 def _check_name(out: Path) -> None:
-    """Refuse an output that a reader would take for something else by its name."""
+    """Reject an output whose name a reader would take for another file type."""
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise UsageError(
             f"'{out}': the name of the output has another ending. Our form is JSON Lines, and readers go by the name. "
@@ -344,17 +342,17 @@ def _check_result(report: ConvertReport, *, strict: bool) -> None:
         )
 
 
-# -- rows of a file whose form is repaired while it is read
+# -- rows of a file whose format is repaired while reading
 
 
 def _loose_rows(path: str, repairs: Counter[Repair]) -> Iterator[Row]:
-    """Every row in order, with its value or its problem; what was repaired is counted."""
+    """Yield every row in order, with its value or its problem; repairs are counted."""
     plain = read_rows(path)
     first = next(plain, None)
     file = Path(from_home(path))
     is_lines = hub_set(path) is None and regular_file(file).suffix != ".parquet"
     if first and first.problems and not first.line:
-        # Of all the faults of a file as a whole, the array's is the one whose fix names this command.
+        # Of all problems with a whole file, only the array's names this command as its fix.
         if CONVERT not in first.problems[0].fix:
             raise DataError(first.problems[0].at(path))
         yield from _array(file, repairs)
@@ -385,7 +383,7 @@ def _on_line(raw: bytes, line: int, repairs: Counter[Repair]) -> Iterator[Row]:
 
 
 def _unrolled(row: Row, repairs: Counter[Repair]) -> Iterator[Row]:
-    """The records of a list; a list of turns is one of them."""
+    """Yield the records of a list; a list of turns is a single record."""
     value = row.value
     is_records = isinstance(value, list) and value and all(isinstance(item, Mapping | list) for item in value)
     if not is_records or _is_turns(value):
@@ -397,7 +395,7 @@ def _unrolled(row: Row, repairs: Counter[Repair]) -> Iterator[Row]:
 
 
 def _is_turns(value: object) -> bool:
-    """Whether a value without keys of its own is a conversation: a list of turns and nothing else."""
+    """Whether a value is a bare conversation: a list that consists only of turns."""
     return isinstance(value, list) and bool(value) and all(map(_is_turn, value))
 
 
@@ -406,7 +404,7 @@ def _is_turn(value: object) -> bool:
 
 
 def _parts(raw: bytes) -> list[str]:
-    """The objects of a line that holds several, or one and a comma; none where the line holds anything else."""
+    """The objects on a line with several, or with one and a comma; an empty list for any other line."""
     decoder, position = json.JSONDecoder(), 0
     parts: list[str] = []
     try:
@@ -423,7 +421,7 @@ def _parts(raw: bytes) -> list[str]:
 
 
 def _array(path: Path, repairs: Counter[Repair]) -> Iterator[Row]:
-    """The items of the array that a file is; an array of turns is one dialog."""
+    """Yield the items of a JSON array file; an array of turns is one dialog."""
     items = _items(path)
     first = next(items, None)
     if first is not None and _is_turn(first.value):
@@ -454,7 +452,7 @@ def _items(path: Path) -> Iterator[Row]:
 
 
 def _item_texts(text: str) -> Iterator[str]:
-    """The JSON text of each item of an array."""
+    """Yield the JSON text of each item of an array."""
     decoder = json.JSONDecoder()
     position = _end(_GAP, text, _end(_OPENING, text, 0))
     while not text.startswith("]", position):

@@ -1,9 +1,9 @@
-"""Conversations in other forms than a list of turns: JSON text, columns, one text with marks; and labelled answers.
+"""Conversations in other formats than a list of turns: JSON text, columns, marked text; and labelled answers.
 
 JSON text      {"messages": "[{\\"role\\": ...}]"}
-columns        {"messages": {"role": [...], "content": [...]}}, which `datasets` makes of a list of turns
-marked text    {"text": a dialog as Llama-2 tutorials mark it up}, {"text": "### Human: question ### Assistant: answer"}
-labelled       {"prompt": ..., "completion": ..., "label": false} (KTO): an answer, and whether it is a good one
+columns        {"messages": {"role": [...], "content": [...]}}, how `datasets` represents a list of turns
+marked text    {"text": a dialog as Llama 2 tutorials write it}, {"text": "### Human: question ### Assistant: answer"}
+labelled       {"prompt": ..., "completion": ..., "label": false} (KTO): an answer and whether it is good
 """
 
 import json
@@ -31,7 +31,7 @@ _ROLES = {"system": "system", **dict.fromkeys(("human", "user", "instruction", "
 
 
 def unfolded(row: Mapping[str, Any], repairs: Counter[Repair]) -> Mapping[str, Any]:
-    """The row with its conversations as lists of turns, where they are in one of the forms above."""
+    """Convert the row's conversations from the formats above to lists of turns."""
     changed: dict[str, Any] = {}
     for name in (*LISTS, "prompt", "completion", *SIDES):
         value = row.get(name)
@@ -50,7 +50,7 @@ def unfolded(row: Mapping[str, Any], repairs: Counter[Repair]) -> Mapping[str, A
 
 
 def _of_json(text: str) -> list[Any] | None:
-    """The turns that a text of JSON holds."""
+    """The turns in a JSON text."""
     if not text.lstrip().startswith("["):
         return None
     value = decode_line(text.encode("utf-8", "surrogatepass"), 0).value
@@ -58,13 +58,13 @@ def _of_json(text: str) -> list[Any] | None:
 
 
 def _of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The turns of columns of equal length, the roles and the contents among them."""
+    """The turns in columns of equal length that include roles and contents."""
     values = list(columns.values())
     if not all(isinstance(value, list) and len(value) == len(values[0]) for value in values):
         return None
     if not any({role, content} <= columns.keys() for role, content in (("role", "content"), ("from", "value"))):
         return None
-    # A key that one turn has and another has not is null in the other.
+    # A key that only some turns have is null in the others.
     turns = [dict(zip(columns, turn, strict=True)) for turn in zip(*values, strict=True)]
     return [
         {name: item for name, item in turn.items() if item is not None or name in ("content", "value")}
@@ -73,7 +73,7 @@ def _of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def turns_of_text(text: str) -> list[dict[str, str]]:
-    """The turns of a text in the chat format of Llama 2, or with a heading (`### Human:`) before each; else none."""
+    """The turns of a text in Llama 2's format or with headings (`### Human:`); an empty list for any other text."""
     return as_dicts(messages_of_text(text)) or _of_headings(text)
 
 
@@ -94,13 +94,13 @@ def _of_headings(text: str) -> list[dict[str, str]]:
 
 
 class LabelledPair(dict[str, Any]):
-    """A row that was made of two rows with labelled answers."""
+    """A row merged from two rows with labelled answers."""
 
 
 def labelled_pairs(rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows, where the labelled answers to one prompt become pairs of a good answer with a bad one, at the end.
+    """Pass rows through; at the end, pair the labelled answers to each prompt, a good one with a bad one.
 
-    Each answer is in a pair at least once. A prompt whose answers all have the same label is a problem of each.
+    Each answer is in at least one pair. If all answers to a prompt have the same label, each is a problem.
     """
     prompts: dict[str, tuple[list[Row], list[Row]]] = {}
     for row in rows:
@@ -127,7 +127,7 @@ def labelled_pairs(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def _answer(row: Mapping[str, Any]) -> tuple[dict[str, Any], Any] | None:
-    """What a row with a labelled answer asks, and the answer; None where its keys do not say."""
+    """The prompt and answer of a row with a labelled answer; None if its keys do not identify them."""
     kept = {name: value for name, value in row.items() if name in ("system", "system_prompt")}
     for name in LISTS:
         turns = row.get(name)
@@ -140,7 +140,7 @@ def _answer(row: Mapping[str, Any]) -> tuple[dict[str, Any], Any] | None:
     return {**kept, "prompt": row[question]}, row[answer]
 
 
-# -- texts that nothing would read
+# -- texts that would be ignored
 
 _ANSWER_WORDS = re.compile(
     r"(?:answer|respon[sc]e|completion|output|reply|replies|chosen|reject|accepted|prefer)", re.IGNORECASE
@@ -148,13 +148,14 @@ _ANSWER_WORDS = re.compile(
 _NO_ANSWERS = re.compile(
     r"(?:ids?|url|hash|model|source|type|name|date|time|lang|language|by|count|len|length)$", re.IGNORECASE
 )
-_WORDS = 3  # of a text that may be an answer under any name
+_WORDS = 3  # minimum words of a text that may be an answer, whatever its key
 
 
 def unread_answers(left_out: Sequence[Mapping[str, Any]], *, num_rows: int, by_content: bool) -> list[str]:
-    """The columns that hold texts which may be answers, of the columns that are left out in each row.
+    """The ignored columns with texts that may be answers.
 
-    They stand in most of the `num_rows` rows that were looked at and differ from row to row, and their name says so, or (`by_content`) they are several words.
+    Their texts occur in most of the `num_rows` rows and differ between rows, and either their name indicates an answer
+    or (`by_content`) they have several words.
     """
     texts: dict[str, list[str]] = {}
     for row in left_out:

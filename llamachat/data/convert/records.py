@@ -1,10 +1,10 @@
-"""Foreign records brought into our three kinds: which kind a row is of, names of keys, labels, pairs of answers.
+"""Converts foreign records to our three kinds: detects a row's kind, key names, labels and pairs of answers.
 
-    dialog       'messages' or one of its other names; a question and its answer as texts
-    preference   answers as texts, as messages, or as whole dialogs that part at their last answer; a prompt in any form
-    prompt       a text, messages, or what another kind of record asks
+    dialog       'messages' or an alias; a question and its answer as texts
+    preference   answers as texts, messages, or whole dialogs that differ in their last answer; a prompt in any format
+    prompt       a text, messages, or the prompt of another kind of record
 
-What is returned has the form of a record and may still break its rules: `parse_record` decides.
+The result has the shape of a record but may still violate its rules; `parse_record` decides.
 """
 
 import re
@@ -19,7 +19,7 @@ from llamachat.data.records import KEYS, KINDS, RATINGS, REQUIRED, Kind, rating_
 from llamachat.data.sources import SOURCES, Source
 from llamachat.data.sources.source import fitting_sources
 
-# Sets of turns are read here, with repairs; their own converters refuse what they do not know.
+# Data sets of turns are read here, with repairs; their own converters reject unknown content.
 SETS_OF_TURNS = ("sharegpt", "llamafactory_preference")
 
 _SYSTEMS = ("system", "system_prompt")
@@ -31,14 +31,14 @@ _NAMES = frozenset([key for kind in KINDS for key in KEYS[kind]] + [*LISTS, *QUE
 
 @dataclass(slots=True)
 class _Row:
-    """One row, its keys taken one by one; those that nobody took are left out by name."""
+    """One row whose keys are read one by one; unread keys are reported as dropped."""
 
     values: Mapping[str, Any]
     notes: Notes
     taken: set[str] = field(default_factory=set)
 
     def first(self, names: Sequence[str]) -> str | None:
-        """The first of these keys that holds something."""
+        """The first of these keys whose value is not null."""
         return next((name for name in names if self.values.get(name) is not None), None)
 
     def take(self, name: str, own: str) -> Any:
@@ -49,14 +49,14 @@ class _Row:
 
 
 def sources_of(row: Mapping[str, Any], kind: Kind | None) -> list[Source]:
-    """The known set that a row shows by its keys; none where it is read here, several where it is ambiguous."""
+    """The known data sets that match the row's keys: none if it is read here, several if it is ambiguous."""
     fitting = fitting_sources(row, kind, [source for source in SOURCES.values() if source.name not in SETS_OF_TURNS])
     is_listed = any(_is_list(row, key) for key in (*LISTS, "prompt", *SIDES))
     return [source for source in fitting if source.has_lists or not is_listed]
 
 
 def transcripts_joined(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A pair whose prompt is the common beginning of two transcripts, as hh_rlhf has it: both transcripts whole."""
+    """Convert a pair whose prompt is the common prefix of hh_rlhf transcripts to two whole transcripts."""
     prompt = row.get("prompt")
     sides = {side: row[side] for side in SIDES if isinstance(row.get(side), str)}
     if not isinstance(prompt, str) or not _TRANSCRIPT.match(prompt) or len(sides) < len(SIDES):
@@ -66,7 +66,7 @@ def transcripts_joined(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def kind_by_keys(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
-    """The kind of record that a row is of, the wanted one where it may be read as several; None where no key says."""
+    """The kind of record that the row's keys indicate, `kind` if several are possible; None if no key does."""
     return _kind(row, kind) or _kind(_slips_renamed(row, _REQUIRED, Notes()), kind)
 
 
@@ -81,17 +81,17 @@ def _kind(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
     question, answer = fields.first(QUESTIONS), fields.first(ANSWERS)
     if question is None:
         return None
-    # A prompt in our form may carry a reference answer with it; 'completion' is the other half of TRL's dialogs.
+    # A prompt in our format may include a reference answer; 'completion' is the other half of TRL's dialogs.
     is_dialog = answer is not None and (kind == "dialog" or answer == "completion" or isinstance(row[question], str))
     return "dialog" if is_dialog and kind != "prompt" else "prompt"
 
 
 def repaired_record(row: Mapping[str, Any], own: Kind, wanted: Kind, notes: Notes) -> dict[str, Any]:
-    """The row, which is of its `own` kind, as a record of the wanted kind; the two differ only where a prompt is wanted.
+    """Convert a row of kind `own` to a record of kind `wanted`; they differ only if a prompt is wanted.
 
-    Raises `DialogError` where it would take a guess.
+    Raises `DialogError` instead of guessing.
     """
-    # A kind that only misspelt keys say is read from all of those.
+    # A kind indicated only by misspelt keys is read from all of these.
     required = REQUIRED[own] if _kind(row, wanted) else _REQUIRED
     slips = tuple(dict.fromkeys((*required, *KEYS[wanted])))
     fields = _Row(_slips_renamed(row, slips, notes), notes)
@@ -116,11 +116,11 @@ def repaired_record(row: Mapping[str, Any], own: Kind, wanted: Kind, notes: Note
 
 
 def _slips_renamed(row: Mapping[str, Any], known: tuple[str, ...], notes: Notes) -> dict[str, Any]:
-    """The row with misspelt keys renamed. One that is a key of another kind is no slip: its meaning is another."""
+    """Rename misspelt keys. A key of another kind of record is not a misspelling."""
     renamed: dict[str, Any] = {}
     for name, value in row.items():
         key = None if name in _NAMES else slip_of(str(name), known)
-        # No slip either where the row has the key's content under another name.
+        # Nor is it one if the row has the key's content under another name.
         others = QUESTIONS if key == "prompt" else LISTS if key == "messages" else ()
         has_other = any(row.get(other) is not None for other in others)
         if key is None or key in row or key in renamed or has_other or (key == "messages" and not _is_list(row, name)):
@@ -132,7 +132,7 @@ def _slips_renamed(row: Mapping[str, Any], known: tuple[str, ...], notes: Notes)
 
 
 def _turns(row: _Row, *, ends_with: EndsWith) -> list[Message]:
-    """The conversation under whatever key holds it, or of a question and its answer."""
+    """The conversation under any known key, or from a question and its answer."""
     name = next((name for name in LISTS if _is_list(row.values, name)), None)
     name = name or ("messages" if row.values.get("messages") is not None else None)
     if name is not None:
@@ -177,7 +177,7 @@ def _question(row: _Row, *, ends_with: EndsWith) -> list[Message]:
 
 
 def _system(row: _Row) -> list[Message]:
-    """The system text next to the turns, under a key of its own."""
+    """The system text under its own key next to the turns."""
     name = row.first(_SYSTEMS)
     if name is None or not isinstance(row.values[name], str):
         return []
@@ -186,7 +186,7 @@ def _system(row: _Row) -> list[Message]:
 
 
 def _as_turns(value: object, name: str, role: Any, notes: Notes) -> list[Message]:
-    """A text as one turn of that role, a message, or a list of them."""
+    """Convert a text (as one turn of that role), a message, or a list of these."""
     if isinstance(value, str):
         notes.add(Repair.TEXT)
         return [Message(role, value)]
@@ -197,7 +197,7 @@ def _as_turns(value: object, name: str, role: Any, notes: Notes) -> list[Message
 
 
 def _pair(row: _Row) -> dict[str, Any]:
-    """The prompt that both sides share, and the answer of each."""
+    """The shared prompt and both answers."""
     for side in SIDES:
         if row.values.get(side) is None:
             raise DialogError(side, "is missing, but a pair compares two answers.", "Add it, or drop the record.")
@@ -230,7 +230,7 @@ def _explicit_prompt(row: _Row) -> list[Message]:
 
 
 def _without_answer(prompt: list[Message], sides: Mapping[str, list[Message]], notes: Notes) -> list[Message]:
-    """The prompt without an answer at its end that is one of the two compared; any other answer there is refused."""
+    """Remove a final answer from the prompt if it is one of the two compared; reject any other."""
     if not prompt or prompt[-1].role != "assistant":
         return prompt
     if not any(turns and turns[-1].content.strip() == prompt[-1].content.strip() for turns in sides.values()):
@@ -244,7 +244,7 @@ def _without_answer(prompt: list[Message], sides: Mapping[str, list[Message]], n
 
 
 def _asks(turns: Sequence[Message]) -> bool:
-    """Whether the turns begin with the prompt and not with an answer to it."""
+    """Whether the turns start with the prompt rather than an answer."""
     return next((turn.role for turn in turns if turn.role != "system"), None) == "user"
 
 
@@ -258,7 +258,7 @@ def _whole_dialog(side: str, turns: list[Message], prompt: list[Message], notes:
 
 
 def _agreed(shared: list[Message], prompt: list[Message]) -> list[Message]:
-    """What two whole dialogs share, checked against a prompt that comes with them."""
+    """The common part of two whole dialogs, checked against a prompt given with them."""
     turns, prompt_turns = ([text for text in _texts(part) if text[0] != "system"] for part in (shared, prompt))
     is_part = prompt_turns in (turns[: len(prompt_turns)], turns[len(turns) - len(prompt_turns) :])
     systems = [message for message in (*prompt, *shared) if message.role == "system"]
@@ -276,7 +276,7 @@ def _texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
 
 
 def _labels(row: _Row, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """The optional keys that say something, booleans, ratings and ids in our spelling where that is no guess."""
+    """Yield the optional keys with values; booleans, ratings and ids are normalized if that needs no guess."""
     for name in keys:
         if name not in row.values:
             continue

@@ -1,9 +1,9 @@
-"""The turns of foreign conversations brought into our form: names, roles, texts, then their order. Each repair is noted.
+"""Converts the turns of foreign conversations: names, roles, texts, then order. Each repair is recorded.
 
-What has one plain reading is repaired; what would be a guess raises `DialogError`, and the record is left out.
-Our choice: turns of tools are dropped, since Llama 2's format has no place for them and their text as a user's or
-an assistant's would be false; the two answers around one are then merged. HTML is taken out only where that is asked
-for: in a dialog about web pages the tags are the answer.
+Content with one plausible reading is repaired; otherwise `DialogError` is raised and the record is dropped.
+Our choice: tool turns are dropped, since Llama 2's format cannot express them and attributing their text to the user or
+assistant would be wrong; the answers before and after one are then merged. HTML is removed only on request: in a dialog
+about web pages the tags are the answer.
 """
 
 import re
@@ -19,7 +19,7 @@ from llamachat.data.records import slip_of
 
 
 class Repair(StrEnum):
-    """What was changed, as the report names it."""
+    """A change, worded as in the report."""
 
     BYTE_ORDER_MARK = "byte order mark taken off"
     BLANK_LINE = "blank line removed"
@@ -57,7 +57,7 @@ class Repair(StrEnum):
 
 @dataclass(slots=True)
 class Notes:
-    """What was repaired in one record, how often, and the keys that were left out."""
+    """The repairs of one record with their counts, and its dropped keys."""
 
     repairs: Counter[Repair] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -73,7 +73,7 @@ class Notes:
 
 _TURN_KEYS = ("role", "content", "train")
 _ALIASES = {"role": ("from", "speaker", "sender", "author"), "content": ("value", "text", "message")}
-# In addition to the names that the error texts know: those of ShareGPT's exporters, of OpenAI, of other chat templates, of help desks.
+# In addition to the names in the error texts: those of ShareGPT exporters, OpenAI, other chat templates and help desks.
 _ROLES: dict[str, Role] = {
     **ROLE_ALIASES,
     "developer": "system",
@@ -97,20 +97,20 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def readable_turns(value: object, name: str, notes: Notes) -> list[Message]:
-    """The turns of a list in their order, those of tools and those without content left out.
+    """The turns of a list in order, without tool turns and empty ones.
 
-    Raises `DialogError` for the first that cannot be read.
+    Raises `DialogError` for the first unreadable turn.
     """
     if not isinstance(value, list):
-        return list(parse_messages(value, field=name))  # which refuses it in its words
+        return list(parse_messages(value, field=name))  # raises with its own message
     turns = [(index, _repaired_turn(item, notes)) for index, item in enumerate(value)]
     return [parse_message(turn, f"{name}[{index}]") for index, turn in turns if turn is not None]
 
 
 def ordered(messages: Sequence[Message], notes: Notes, *, ends_with: EndsWith) -> list[Message]:
-    """The turns in the order that a conversation has: system text first, then user and assistant in turn.
+    """Order the turns as a conversation: system text first, then alternating user and assistant.
 
-    A last turn that may not be the last is dropped; nothing may be left.
+    A last turn that may not end the conversation is dropped; the result may be empty.
     """
     systems, turns = _parted(messages, notes)
     leading = next((index for index, turn in enumerate(turns) if turn.role == "user"), len(turns))
@@ -129,13 +129,13 @@ def ordered(messages: Sequence[Message], notes: Notes, *, ends_with: EndsWith) -
 
 
 def written(message: Message) -> dict[str, Any]:
-    """The message as our files hold it."""
+    """The message as stored in our files."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     return turn if message.train is None else turn | {"train": message.train}
 
 
 def _parted(messages: Sequence[Message], notes: Notes) -> tuple[list[Message], list[Message]]:
-    """The system text, if any, and the turns that say something."""
+    """The system text, if any, and the non-empty turns."""
     systems = [message for message in messages if message.role == "system"]
     if len(systems) > 1 or systems[:1] != list(messages[:1]):
         said = [message for message in systems if message.content.strip()]
@@ -144,7 +144,7 @@ def _parted(messages: Sequence[Message], notes: Notes) -> tuple[list[Message], l
             notes.add(Repair.SYSTEMS_JOINED)
         elif said and messages[0] is not said[0]:
             notes.add(Repair.SYSTEM_MOVED)
-        # The same text twice is one instruction.
+        # A repeated text is one instruction.
         texts = dict.fromkeys(message.content for message in said)
         systems = [Message("system", "\n\n".join(texts))] if said else []
     turns = [message for message in messages if message.role != "system"]
@@ -154,13 +154,13 @@ def _parted(messages: Sequence[Message], notes: Notes) -> tuple[list[Message], l
 
 
 def _merged(first: Message, second: Message) -> Message:
-    """Both texts, a blank line between; trained on only where both may be."""
+    """Join both texts with a blank line; trained on only if both may be."""
     train = False if False in (first.train, second.train) else first.train
     return Message(first.role, f"{first.content.rstrip()}\n\n{second.content.lstrip(chr(10))}", train)
 
 
 def _repaired_turn(item: object, notes: Notes) -> object | None:
-    """The turn in our words; None where it is dropped; as it is where it cannot be read."""
+    """The turn in our format; None to drop it; unchanged if it is unreadable."""
     if not isinstance(item, Mapping):
         return item
     turn = _renamed(item, notes)
@@ -190,7 +190,7 @@ def _repaired_turn(item: object, notes: Notes) -> object | None:
 
 
 def _renamed(item: Mapping[Any, Any], notes: Notes) -> dict[str, Any]:
-    """The keys that we know, under our names."""
+    """The known keys with our names."""
     turn = {key: item[key] for key in _TURN_KEYS if key in item}
     if "train" in turn and turn["train"] is None:
         del turn["train"]
@@ -203,7 +203,7 @@ def _renamed(item: Mapping[Any, Any], notes: Notes) -> dict[str, Any]:
             turn[own] = item[key]
             notes.add(Repair.KEY)
         elif key == "weight" and "train" not in turn and item[key] in (0, 1):
-            # OpenAI's fine-tuning files: an answer of weight 0 is context, not trained on.
+            # OpenAI's fine-tuning format: an answer of weight 0 is context, not a target.
             turn |= {"train": False} if item[key] == 0 else {}
             notes.add(Repair.KEY)
         else:
@@ -212,7 +212,7 @@ def _renamed(item: Mapping[Any, Any], notes: Notes) -> dict[str, Any]:
 
 
 def _joined_parts(content: Any) -> str | None:
-    """The texts of a content in parts, a line break between; None where a part is no text (an image, a call)."""
+    """Join the texts of a multi-part content with line breaks; None if any part is not text (an image, a call)."""
     if isinstance(content, Mapping):
         parts = content.get("parts", [content])
         return _joined_parts(parts) if isinstance(parts, list) else None
@@ -226,7 +226,7 @@ def _joined_parts(content: Any) -> str | None:
     return "\n".join(texts)
 
 
-# Tags that lay out a text. Others are left alone: what looks like one may be a placeholder or code.
+# Layout tags. All others stay, since they may be placeholders or code.
 _TAGS = "a|b|blockquote|br|div|em|font|h[1-6]|hr|i|img|li|ol|p|pre|small|span|strong|sub|sup|table|tbody|td|th|thead|tr|u|ul"
 _TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{1,6}|#x[0-9a-f]{1,5});", re.IGNORECASE)
@@ -241,8 +241,8 @@ def html_in(text: str) -> str | None:
 
 
 def without_html(text: str) -> str:
-    """The text without tags, its lines ended where they ended on the page, entities as characters."""
+    """Remove tags, keep the page's line breaks, and decode entities."""
     lines = _LINE_ENDS.sub("\n", text)
-    # Entities last: what was escaped is text, and no tag.
+    # Decode entities last: an escaped tag is text.
     plain = unescape(_TAG.sub("", lines)).replace("\xa0", " ")
     return _MANY_LINES.sub("\n\n", plain).strip()

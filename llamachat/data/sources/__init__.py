@@ -1,4 +1,4 @@
-"""Known data sets, by the name that `format:` takes. To add one: a converter in a module here, and rows in its test."""
+"""Known data sets, by their names for `format:`. To add one, write a converter in a module here, and a test."""
 
 from llamachat.data.sources import dialogs, judged, oasst
 from llamachat.data.sources.source import Source

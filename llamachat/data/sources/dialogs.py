@@ -1,4 +1,4 @@
-"""Sets of dialogs: instructions with their answers, and ShareGPT with the preference form that LLaMA-Factory makes of it.
+"""Data sets of dialogs: instructions with answers, and ShareGPT with LLaMA-Factory's preference variant of it.
 
 Instructions: Alpaca, GPTeacher, Dolly (databricks-dolly-15k), Self-Instruct.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from llamachat.chat_format.dialog import DialogError
 from llamachat.data.sources.source import RawRecord, RawRow, answered, as_row, as_text, joined, message, pair, source
 
-# The writers of these files named the sides after the model or the site that answered.
+# These files name the roles after the model or website that answered.
 ROLES = {
     "system": "system",
     "human": "user",
@@ -22,7 +22,7 @@ ROLES = {
 
 
 def _instructed(row: RawRow, text: str, answer: str) -> RawRecord:
-    """The dialog of an instruction, the text that it speaks of, if any, and the answer, under these keys."""
+    """The dialog of an instruction, its optional input text, and the answer, under these keys."""
     return answered(joined(row.text("instruction"), row.optional_text(text)), row.text(answer))
 
 
@@ -38,7 +38,7 @@ def alpaca(row: RawRow) -> Iterator[RawRecord]:
 
 
 def _history(row: RawRow) -> list[dict[str, str]]:
-    """Earlier pairs of question and answer, oldest first (LLaMA-Factory's multi-turn form of Alpaca)."""
+    """Earlier question-answer pairs, oldest first (LLaMA-Factory's multi-turn variant of Alpaca)."""
     history = row.get("history") or []
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair) for pair in history
@@ -63,7 +63,7 @@ def dolly(row: RawRow) -> Iterator[RawRecord]:
 
 @source("dialog", "instruction instances")
 def self_instruct(row: RawRow) -> Iterator[RawRecord]:
-    """One dialog an instance (seed tasks and user-oriented instructions)."""
+    """Yield one dialog per instance (seed tasks and user-oriented instructions)."""
     for instance in row.objects("instances"):
         yield answered(joined(row.text("instruction"), instance.optional_text("input")), instance.text("output"))
 

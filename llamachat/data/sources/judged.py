@@ -1,24 +1,24 @@
-"""Sets in which people or models judged answers: by labels (hh-rlhf, PKU-SafeRLHF, BeaverTails, our rated pairs) or grades.
+"""Data sets with judged answers: labels (hh-rlhf, PKU-SafeRLHF, BeaverTails, our rated pairs) or grades.
 
-A row of Anthropic/hh-rlhf is two whole transcripts, each one text, that part at the last answer.
-PKU-Alignment/PKU-SafeRLHF annotates harmlessness and helpfulness apart, so one row holds two pairs, often with opposite
-winners; each is a source of its own, and both carry the safety labels. The releases of 10K and 30K rows have the same
-fields; PKU-SafeRLHF-single-dimension has no safety labels and is none of these.
-PKU-Alignment/BeaverTails has splits named `330k_train`, `30k_train` and so on, so its path names one.
-Rated pairs are what `llamachat pairs` writes, once people have rated it. An unrated pair holds no record; the reader
-counts it. A chosen answer that is labelled unsafe next to a safe one is kept here, as in `pku_saferlhf_helpfulness`:
-people may prefer it. No reward model learns from it (Llama 2, section 3.2.1): training leaves it out and counts it.
+A row of Anthropic/hh-rlhf consists of two whole transcripts, each one text, that differ in the last answer.
+PKU-Alignment/PKU-SafeRLHF annotates harmlessness and helpfulness separately, so one row contains two pairs, often with
+opposite winners; each is a separate source, both with safety labels. The releases with 10K and 30K rows have the
+same fields; PKU-SafeRLHF-single-dimension has no safety labels and is not supported.
+PKU-Alignment/BeaverTails has splits named `330k_train`, `30k_train` and so on, so its path must name one.
+Rated pairs come from `llamachat pairs`, after rating. An unrated pair contains no record; the reader counts it. A
+chosen answer labelled unsafe next to a safe one is kept, as in `pku_saferlhf_helpfulness`: people may prefer it. No
+reward model is trained on it (Llama 2, section 3.2.1): training drops and counts it.
 
-Grades are those of HelpSteer2, HelpSteer3 and UltraFeedback; `sources.source` has the ratings that they become.
-A row of nvidia/HelpSteer2's main files is one answer with five grades from 0 to 4; consecutive rows share their prompt and
-are compared by helpfulness, as its card says. A row of `preference/preference.jsonl.gz` is a pair with its strength from
--3 (the first is much better) to 3 (the second is). HelpSteer3's configuration `preference` has the same strength, of up
+The grades are those of HelpSteer2, HelpSteer3 and UltraFeedback; `sources.source` maps them to ratings.
+A row of nvidia/HelpSteer2's main files is one answer with five grades from 0 to 4; consecutive rows share a prompt and
+are compared by helpfulness, as its card says. A row of `preference/preference.jsonl.gz` is a pair with a strength from
+-3 (the first is much better) to 3 (the second is). HelpSteer3's configuration `preference` has the same, from up
 to three annotators.
-In openbmb/UltraFeedback every two answers of different score are a pair, as the paper's own reward model was trained
-(arXiv:2310.01377, section 3). The score is `fine-grained_score`, the mean of the four aspects' grades: `overall_score`
-had wrong tens until the end of 2023. Where it is missing, as in copies from before, the mean is taken of the `Rating`s in
-`annotations`. `custom_system_prompt` differs from answer to answer, and a pair has one prompt: it is left out.
-HuggingFaceH4/ultrafeedback_binarized (and trl-lib's copy) holds whole dialogs and their `overall_score`s.
+In openbmb/UltraFeedback every two answers with different scores form a pair, as in training the paper's own reward
+model (arXiv:2310.01377, section 3). The score is `fine-grained_score`, the mean grade of the four aspects:
+`overall_score` had wrong tens until the end of 2023. If it is missing, as in older copies, the score is the mean of the
+`Rating`s in `annotations`. `custom_system_prompt` differs between answers, but a pair has one prompt, so it is dropped.
+HuggingFaceH4/ultrafeedback_binarized (and trl-lib's copy) contains whole dialogs and their `overall_score`s.
 """
 
 import re
@@ -42,7 +42,7 @@ from llamachat.data.sources.source import (
     source,
 )
 
-STRENGTH: Steps = (1, 2, 3)  # HelpSteer2 and HelpSteer3, and the difference of two grades of HelpSteer2
+STRENGTH: Steps = (1, 2, 3)  # HelpSteer2 and HelpSteer3; also differences of HelpSteer2 grades
 FINE_GRAINED: Steps = (0.5, 1, 2)  # UltraFeedback: means of four grades from 1 to 5
 OVERALL: Steps = (1, 2, 4)  # UltraFeedback: one grade from 1 to 10
 
@@ -61,7 +61,7 @@ _PKU_FIELDS = "prompt response_0 response_1 is_response_0_safe is_response_1_saf
 
 
 def _is_transcripts(row: Mapping[str, Any]) -> bool:
-    """Pairs of plain answers under the same two names are usual; a prompt next to them says that these are such."""
+    """Whether a row has two transcripts and no prompt; pairs of plain answers with the same two keys have a prompt."""
     sides = (row["chosen"], row["rejected"])
     return not row.get("prompt") and all(isinstance(side, str) and _HH_OPENING.match(side) for side in sides)
 
@@ -127,11 +127,11 @@ def beavertails(row: RawRow) -> Iterator[RawRecord]:
 
 @source("preference", "prompt answer_a answer_b choice", has_lists=True)
 def rated_pairs(row: RawRow) -> Iterator[RawRecord]:
-    choice = row.get("choice")  # null is an absent key in a file of columns
+    choice = row.get("choice")  # in a table null means that the key is absent
     if choice is None and row.get("rating") is None:
         return
     if choice is None:
-        # Dropping it would lose a person's work.
+        # Dropping it would lose an annotator's work.
         raise DialogError(
             "choice",
             f"is null, but 'rating' is {row['rating']!r}. A rating says how much better the chosen answer is.",
@@ -173,7 +173,7 @@ def _strength(row: RawRow, name: str) -> float:
     return value
 
 
-_ANSWERS = Gather(  # the answers to one prompt, which are in rows of their own
+_ANSWERS = Gather(  # the answers to one prompt, which are in separate rows
     fields=frozenset({"prompt", "response", *_GRADES}),
     key="prompt",
     join=lambda rows: {"prompt": rows[0]["prompt"], "graded_responses": list(rows)},
@@ -203,11 +203,11 @@ def helpsteer3(row: RawRow) -> Iterator[RawRecord]:
 @source("preference", "instruction completions", shape=lambda row: isinstance(row["completions"], list))
 def ultrafeedback(row: RawRow) -> Iterator[RawRecord]:
     prompt = [message("user", row.text("instruction"))]
-    # A few instructions of the set were answered by no model.
+    # Some instructions of the set have no answer from any model.
     completions = [] if row["completions"] == [] else row.objects("completions")
     graded = [_graded(completion, f"completions[{index}]") for index, completion in enumerate(completions)]
     for (text, score), (other, other_score) in combinations(graded, 2):
-        # Means of equal grades may differ in their last bits.
+        # Means of equal grades may differ by rounding.
         yield from graded_pair(prompt, (text, other), round(other_score - score, 6), FINE_GRAINED)
 
 
@@ -229,7 +229,7 @@ def _graded(completion: RawRow, where: str) -> tuple[str, float]:
 
 
 def _grade(aspect: object) -> int | None:
-    """The grade of one aspect, a text of digits there; "N/A" where it does not apply."""
+    """The grade of one aspect, stored as digits; "N/A" if it does not apply."""
     rating = aspect.get("Rating") if isinstance(aspect, Mapping) else None
     return int(rating) if isinstance(rating, str) and rating in ("1", "2", "3", "4", "5") else None
 

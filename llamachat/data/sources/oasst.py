@@ -1,13 +1,13 @@
-"""OpenAssistant message trees (oasst1 and oasst2): ranked answers under every question.
+"""OpenAssistant message trees (oasst1 and oasst2): ranked answers to every question.
 
 A tree yields dialogs (every path that takes the best-ranked answer at each fork) or preferences (every two ranked
 answers to one question).
-The sets come in two forms, by the cards of OpenAssistant/oasst1 and oasst2. Files `*.trees.jsonl.gz` hold a tree a row:
-`message_tree_id`, `tree_state`, `prompt` with `replies` inside `replies`. Files `*.messages.jsonl.gz` and the hub's own
-table hold a message a row: `message_id`, `parent_id` (null at the root), `message_tree_id`, `role` (prompter or
-assistant), `text`, `rank` (0 is the best; null where unranked), `deleted`, `review_result` and more. The messages of a
-tree are neighbours there, so a tree is put together from neighbouring rows, and no more than one is held at a time. One
-whose rows are apart (a shuffled copy) is refused, since half a tree would give other dialogs than the whole.
+The sets have two formats, described in the cards of OpenAssistant/oasst1 and oasst2. Files `*.trees.jsonl.gz` contain a
+tree per row: `message_tree_id`, `tree_state`, `prompt` with nested `replies`. Files `*.messages.jsonl.gz` and the Hub's
+own table contain a message a row: `message_id`, `parent_id` (null at the root), `message_tree_id`, `role` (prompter or
+assistant), `text`, `rank` (0 is the best; null if unranked), `deleted`, `review_result` etc. There the messages of a
+tree are adjacent, so a tree is assembled from adjacent rows, with only one in memory at a time. A tree whose rows are
+not adjacent (a shuffled copy) is rejected, since half a tree would give other dialogs than the whole.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +17,9 @@ from typing import Any
 from llamachat.chat_format.dialog import DialogError
 from llamachat.data.sources.source import Gather, RawRecord, RawRow, as_row, as_text, message, source
 
-_DEEPEST = 100  # turns; the sets' longest conversations have about ten
+_DEEPEST = 100  # turns; the longest conversations in the sets have about ten
 _ROLES = {"prompter": "user", "assistant": "assistant"}
-# How much better the higher-ranked of two answers is: ours, since the annotators ordered answers without grades.
+# The rating of the higher-ranked of two answers: ours, since the annotators only ranked the answers.
 _RATING_OF_RANK_DISTANCE = {1: "slightly_better", 2: "better"}
 
 
@@ -38,12 +38,12 @@ def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _is_kept(node: Mapping[str, Any]) -> bool:
-    """False where moderators deleted a message, or reviewers called it spam (in the files that keep those)."""
+    """Whether a message was neither deleted by moderators nor marked as spam (in files that contain such messages)."""
     return not node.get("deleted") and node.get("review_result") is not False
 
 
 def tree_of_messages(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The tree that the messages of a table make, as the files of trees hold it."""
+    """Assemble a tree from the messages of a table, with the structure of the tree files."""
     nodes: dict[object, dict[str, Any]] = {}
     for row in rows:
         name = as_text(row["message_id"], "message_id")
@@ -74,7 +74,7 @@ def tree_of_messages(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _is_whole(root: Mapping[str, Any], size: int) -> bool:
-    """Whether all messages descend from the root, none too far from it; a circle of messages does not."""
+    """Whether all messages descend from the root within the depth limit; a cycle of messages does not."""
     level, count = [root], 0
     for _ in range(_DEEPEST):
         count += len(level)
@@ -88,12 +88,12 @@ def _rank(node: Mapping[str, Any]) -> int | None:
 
 
 def _best_paths(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
-    """Paths from here that end in an answer; `path` is what came before this node."""
+    """Yield paths from this node that end in an answer; `path` leads to the node."""
     path = [*path, _message(node)]
     replies = _replies(node)
     if node["role"] == "prompter":
         ranked = [reply for reply in replies if _rank(reply) is not None]
-        # Unranked answers occur where there was only one: it is then the best.
+        # An answer is unranked if it was the only one; then it is the best.
         best = [min(ranked, key=lambda reply: _rank(reply) or 0)] if ranked else replies[:1]
         for reply in best:
             yield from _best_paths(reply, path)

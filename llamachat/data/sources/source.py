@@ -1,10 +1,10 @@
-"""What a source is: a known public data set, and the function that turns one raw row of it into our records.
+"""Known public data sets: a source describes one and converts its raw rows to our records.
 
-A converter reads one row and knows no file: it raises `DialogError` with the field, what it must hold and the fix, and
-the reader of the file adds file and line. It checks the row's shape only: what holds for every record (alternating
-turns, no empty text, no control tags) is checked once, by the record itself.
+A converter reads one row and does not know the file: it raises `DialogError` with the field, what is required and the
+fix, and the file reader adds file and line. It checks only the row's shape; the record itself checks the rules for all
+records (alternating turns, no empty text, no control tags).
 
-How much better the chosen answer is, becomes one of the paper's four ratings (Llama 2, section 3.2.1):
+The strength of a preference is mapped to one of the paper's four ratings (Llama 2, section 3.2.1):
 
 | rating               | HelpSteer2/3 preference | HelpSteer2 helpfulness | UltraFeedback fine-grained | UltraFeedback overall |
 |----------------------|-------------------------|------------------------|----------------------------|-----------------------|
@@ -14,9 +14,9 @@ How much better the chosen answer is, becomes one of the paper's four ratings (L
 | negligibly_better    |                         |                        | by less                    | by less               |
 | no pair              | 0 (about the same)      | equal                  | equal                      | equal                 |
 
-The first column is the sets' own words (cards of nvidia/HelpSteer2 and nvidia/HelpSteer3), the others are ours. Equal
-answers give no pair, since neither is the chosen one; rows left out for that are counted by the reader. Ranks of OASST
-are read in `llamachat.data.sources.oasst`; PKU-SafeRLHF, BeaverTails and hh-rlhf grade nothing.
+The first column uses the sets' own terms (cards of nvidia/HelpSteer2 and nvidia/HelpSteer3); the others are ours. Equal
+answers give no pair, since neither is chosen; the reader counts these rows as dropped. `llamachat.data.sources.oasst`
+handles the ranks of OASST; PKU-SafeRLHF, BeaverTails and hh-rlhf have no grades.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,14 +29,14 @@ from llamachat.data.records import Kind, Row, bad_row
 from llamachat.errors import kind_word
 
 RawRecord = dict[str, Any]
-Steps = tuple[float, float, float]  # the least difference for slightly_better, better, significantly_better
+Steps = tuple[float, float, float]  # minimum differences for slightly_better, better, significantly_better
 
 _OWN_LISTS = ("messages", "prompt", "chosen")
-_HIGHEST = 1e9  # of a score
+_HIGHEST = 1e9  # maximum score
 
 
 class RawRow(dict[str, Any]):
-    """An object of a set, read field by field; what a field does not hold as it should raises `DialogError`."""
+    """An object of a data set, read field by field; an invalid field raises `DialogError`."""
 
     def __missing__(self, name: str) -> Any:
         raise DialogError(name, "is missing, but it is required there.", "Add it, or name the right 'format'.")
@@ -46,15 +46,15 @@ class RawRow(dict[str, Any]):
         return value if is_sound(value) else _refuse(value, name, what)
 
     def text(self, name: str) -> str:
-        """The text in a field that the source always has."""
+        """The text of a required field."""
         return as_text(self[name], name)
 
     def optional_text(self, name: str) -> str:
-        """The text in a field that a source may leave out, null or empty; "" then."""
+        """The text of an optional field; "" if it is absent, null or empty."""
         return "" if self.get(name) is None else as_text(self[name], name)
 
     def number(self, name: str) -> float:
-        # NaN and infinity are numbers to Python, and no scores; differences of huge ones cannot be computed.
+        # NaN and infinity are valid Python numbers but not scores; differences of huge scores cannot be computed.
         what = f"a number up to {_HIGHEST:g}, which says which answer is better,"
         return self.required(name, what, lambda value: type(value) in (int, float) and abs(value) <= _HIGHEST)
 
@@ -62,28 +62,28 @@ class RawRow(dict[str, Any]):
         return self.required(name, "true or false", lambda value: isinstance(value, bool))
 
     def entries(self, name: str) -> list[Any]:
-        """The list in a field that the source always has, with at least one entry."""
+        """The list in a required field, with at least one entry."""
         what = "a list with at least one entry"
         return self.required(name, what, lambda value: isinstance(value, list) and bool(value))
 
     def objects(self, name: str) -> "list[RawRow]":
-        """The objects of such a list."""
+        """The objects in such a list."""
         return [as_row(item, f"{name}[{index}]") for index, item in enumerate(self.entries(name))]
 
     def messages(self, name: str) -> list[dict[str, str]]:
-        """The messages (role and content) of such a list."""
+        """The messages (role and content) in such a list."""
         turns = [as_row(turn, name) for turn in self.entries(name)]
         texts = [[as_text(turn.get(key), f"{name}.{key}") for key in ("role", "content")] for turn in turns]
         return [message(role, content) for role, content in texts]
 
 
 def as_row(value: object, where: str) -> RawRow:
-    """The object at a place inside a row."""
+    """The object at `where` in a row."""
     return RawRow(value) if isinstance(value, Mapping) else _refuse(value, where, "an object")
 
 
 def as_text(value: object, where: str) -> str:
-    """The text at a place inside a row."""
+    """The text at `where` in a row."""
     return value if isinstance(value, str) else _refuse(value, where, "text")
 
 
@@ -99,9 +99,9 @@ def _refuse(value: object, where: str, what: str) -> NoReturn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gather:
-    """How neighbouring rows that share a key become the one row that the converter reads, in sets that are a table.
+    """How to join adjacent rows with a common key into the row that the converter reads, for sets stored as tables.
 
-    `join` gets the rows in their order, at least one, and raises `DialogError` as a converter does.
+    `join` gets the rows in order, at least one, and raises `DialogError` like a converter.
     """
 
     fields: frozenset[str]
@@ -111,11 +111,12 @@ class Gather:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A known data set: the kind of its records, the raw fields by which it is recognised, and its converter.
+    """A known data set: the kind of its records, the raw fields that identify it, and its converter.
 
-    Two sources may share fields (a tree of ranked answers holds both dialogs and preferences): the wanted kind decides
-    between them, and among sources of one kind the one with more fields is the closer match. `shape` checks more of the
-    rows than the fields' names. `has_lists`: rows hold lists of messages under our own keys, and yet are not ours.
+    Two sources may share fields (a tree of ranked answers contains both dialogs and preferences): the requested kind
+    decides between them, and among sources of one kind the one with more fields is the closer match. `shape` checks the
+    rows beyond the names of their fields. `has_lists`: rows contain lists of messages under our keys, but in another
+    format.
     """
 
     name: str
@@ -127,20 +128,20 @@ class Source:
     gather: Gather | None = None
 
     def convert(self, row: Mapping[str, Any]) -> Iterator[RawRecord]:
-        """The records that a row holds."""
+        """Yield the records of a row."""
         return self.converter(RawRow(row))
 
     def fits(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has the fields of this set, and in them what the set has there."""
+        """Whether a row has the fields of this data set with the expected content."""
         return self.fields <= row.keys() and self.shape(row)
 
     def problem(self, line: int, error: DialogError) -> Problem:
-        """A converter's error as a problem of the file."""
+        """Convert a converter's error to a problem of the file."""
         return problem(line, error.field, f"{error.reason} The row is read as {self.name}.", error.fix)
 
 
 def source(kind: Kind, fields: str, **more: Any) -> Callable[[Callable[[RawRow], Iterator[RawRecord]]], Source]:
-    """Make the source of a converter, under the converter's name; `fields` are separated by spaces."""
+    """Decorate a converter to make it a source named after it; `fields` are separated by spaces."""
 
     def make(convert: Callable[[RawRow], Iterator[RawRecord]]) -> Source:
         return Source(name=convert.__name__, kind=kind, fields=frozenset(fields.split()), converter=convert, **more)
@@ -148,26 +149,26 @@ def source(kind: Kind, fields: str, **more: Any) -> Callable[[Callable[[RawRow],
     return make
 
 
-# -- which set a row is of
+# -- detecting the data set of a row
 
 
 def fitting_sources(row: Mapping[str, Any], kind: Kind | None, sources: Iterable[Source]) -> list[Source]:
-    """The sets that a row may be of where this kind is wanted: none, one, or those that its fields cannot distinguish.
+    """The data sets that a row may belong to for this kind: none, one, or several with indistinguishable fields.
 
-    A row of a set that gives another kind is of none; prompts are taken from any.
+    A data set of another kind does not match, except that prompts are read from any kind.
     """
-    # Sets in other forms use the same names for texts and trees.
+    # Data sets in other formats use the same names for texts and trees.
     is_own = any(isinstance(row.get(key), list) for key in _OWN_LISTS)
     fitting = [source for source in sources if (source.has_lists or not is_own) and source.fits(row)]
     wanted = [source for source in fitting if source.kind == kind] or (fitting if kind in (None, "prompt") else [])
     most = max((len(source.fields) for source in wanted), default=0)
     closest = [source for source in wanted if len(source.fields) == most]
     alike = [source for source in closest if source.kind == closest[0].kind]
-    return alike[:1] if kind == "prompt" else alike  # sets that are alike differ only in which answer wins
+    return alike[:1] if kind == "prompt" else alike  # similar sets differ only in which answer wins
 
 
 def choice_of(sources: Sequence[Source]) -> str:
-    """What to say where rows may be of several sets."""
+    """Part of the error message for rows that match several data sets."""
     names = " and ".join(f"'{source.name}'" for source in sources)
     return (
         f"hold {sources[0].kind}s of several meanings, which the formats {names} give, and the fields do not decide "
@@ -179,9 +180,9 @@ CHOICE_FIX = "Name one of these as the format."
 
 
 def gathered(rows: Iterable[Row], kind: Kind | None, sources: Iterable[Source]) -> Iterator[Row]:
-    """The rows, where those of a table that belong together are one row with the first one's line.
+    """Yield the rows, with related rows of a table merged into one that has the first one's line number.
 
-    Only tables of these sets that give such records are put together.
+    Only applies to tables of these data sets that yield records of this kind.
     """
     gathers = dict.fromkeys(
         source.gather for source in sources if source.gather and kind in (None, "prompt", source.kind)
@@ -229,23 +230,23 @@ def message(role: str, content: str) -> dict[str, str]:
 
 
 def joined(instruction: str, text: str) -> str:
-    """One user turn of an instruction and the text that it speaks of, if any."""
+    """One user turn from an instruction and its optional input text."""
     return f"{instruction}\n\n{text}" if text.strip() else instruction
 
 
 def answered(question: str, answer: str) -> RawRecord:
-    """The dialog of one question and its answer."""
+    """The dialog of a question and its answer."""
     return {"messages": [message("user", question), message("assistant", answer)]}
 
 
 def pair(prompt: Sequence[Mapping[str, Any]], chosen: str, rejected: str, **labels: Any) -> RawRecord:
-    """The preference of two answers to a prompt."""
+    """The preference between two answers to a prompt."""
     answers = {"chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
     return {"prompt": list(prompt), **answers, **labels}
 
 
 def pair_of_dialogs(chosen: Sequence[dict[str, str]], rejected: Sequence[dict[str, str]], **labels: Any) -> RawRecord:
-    """The preference of two dialogs that differ in their last answer alone."""
+    """The preference between two dialogs that differ only in their last answer."""
     for side, turns in (("chosen", chosen), ("rejected", rejected)):
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise DialogError(
@@ -265,7 +266,7 @@ def pair_of_dialogs(chosen: Sequence[dict[str, str]], rejected: Sequence[dict[st
 
 
 def rating_of_difference(difference: float, steps: Steps) -> str:
-    """The rating of a pair whose answers differ by this much."""
+    """The rating of a pair whose answers differ by this amount."""
     assert difference > 0, "the chosen answer is the better one"
     ratings = ("negligibly_better", "slightly_better", "better", "significantly_better")
     return ratings[sum(difference >= step for step in steps)]
@@ -274,7 +275,7 @@ def rating_of_difference(difference: float, steps: Steps) -> str:
 def graded_pair(
     prompt: Sequence[dict[str, str]], answers: tuple[str, str], difference: float, steps: Steps
 ) -> Iterator[RawRecord]:
-    """The pair whose second answer is better by `difference` (negative: the first is); none where they are equal."""
+    """The pair whose second answer is better by `difference` (negative: the first is); none if they are equal."""
     if difference:
         rejected, chosen = answers if difference > 0 else answers[::-1]
         yield pair(prompt, chosen, rejected, rating=rating_of_difference(abs(difference), steps))

@@ -152,14 +152,14 @@ class Llama2Format:
     def encode_dialog(self, messages: Sequence[Message], *, train_on: TrainOn) -> TokenizedExample:
         pairs = self._checked_pairs(messages)
         answered = [index for index, pair in enumerate(pairs) if pair.answer is not None]
-        learnt = set(answered) if train_on is TrainOn.EVERY_ANSWER else set(answered[-1:])
+        trained_answers = set(answered) if train_on is TrainOn.EVERY_ANSWER else set(answered[-1:])
         input_ids: list[int] = []
         loss_mask: list[bool] = []
         for index, pair in enumerate(pairs):
             prompt_ids, answer_ids = self._encode_pair(pair)
             input_ids += prompt_ids + answer_ids
-            is_learnt = index in learnt and pair.answer is not None and pair.answer.train is not False
-            loss_mask += [False] * len(prompt_ids) + [is_learnt] * len(answer_ids)
+            is_trained = index in trained_answers and pair.answer is not None and pair.answer.train is not False
+            loss_mask += [False] * len(prompt_ids) + [is_trained] * len(answer_ids)
         return TokenizedExample(tuple(input_ids), tuple(loss_mask))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:

@@ -104,7 +104,7 @@ def prove_tokenizer(
     has_model = chat_format.tokenizer.sentencepiece_model is not None
     assert has_model or len(reference_digests) == len(dialogs), "one digest a dialog of the proof set"
     differences = [_format_difference(chat_format, messages) for messages in [*dialogs, *own_control]]
-    holds = not any(differences)
+    is_format_valid = not any(differences)
     if has_model:
         tokenizer, fast = chat_format.tokenizer, chat_format.tokenizer.fast()
         contents = [message.content for messages in PLAIN_DIALOGS for message in messages]
@@ -118,9 +118,9 @@ def prove_tokenizer(
         ]
     if has_model and not is_llama2:
         differences.append("its control tokens have other ids than those of Llama 2")
-        holds = not any(differences[:-1])
+        is_format_valid = not any(differences[:-1])
     report = _report(subject, differences)
-    return replace(report, has_own_ids=holds and not report.is_proved)
+    return replace(report, has_own_ids=is_format_valid and not report.is_proved)
 
 
 def prove_written(folder: Path, chat_format: ChatFormat) -> ProofReport:

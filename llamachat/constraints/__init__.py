@@ -1,1 +1,1 @@
-"""Constraints that an answer keeps or breaks, and instructions made of them (Ghost Attention, Llama 2 section 3.3)."""
+"""Constraints on answers, and instructions that consist of them (Ghost Attention, Llama 2 section 3.3)."""

@@ -137,7 +137,6 @@ def _trees(rows: Sequence[Sequence[int]], row_tokens: int) -> list[list[tuple[in
     The unshared tokens of a tree are at most `row_tokens`, unless it is a single row.
     """
     order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))  # rows with common prefixes are adjacent
-    order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))  # rows that begin alike are neighbours
     trees: list[list[tuple[int, int]]] = []
     room = 0
     for place, index in enumerate(order):

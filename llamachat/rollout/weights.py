@@ -161,7 +161,6 @@ class Weights:
 def without_wrapper(model: "LanguageModel") -> "LlamaForCausalLM":
     """The underlying model, with its adapter layers in place."""
     # Checks for a method instead of the class: importing PEFT takes seconds, and a fully tuned model does not need it.
-    # Asked by method, not by class: importing PEFT takes seconds, and a fully tuned model needs none of it.
     unwrap = getattr(model, "get_base_model", None)
     return cast("LlamaForCausalLM", model if unwrap is None else unwrap())
 

@@ -216,7 +216,7 @@ def collate_padded(
 def pack_responses(
     responses: Sequence[Sequence[int]], shared: Sequence[int] = (), *, multiple_of: int = SHAPE_MULTIPLE
 ) -> dict[str, Tensor]:
-    """Collate one row of isolated responses: input_ids and position_ids [1, T], and `ends` [N], each last index.
+    """Collate one row of isolated responses: input_ids and position_ids [1, T], and the last indices `ends` [N].
 
     The positions of a response start at its number of `shared` tokens: those of the last response that shares none.
     Padding to a multiple of tokens is added as one more response, which is not scored; without responses, the row

@@ -6,7 +6,7 @@ from ppo.config import Config
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Train the policy that `inputs` name and publish the best; resumes from the step's newest checkpoint."""
+    """Train the policy named by `inputs` and publish the best one; resumes from the step's newest checkpoint."""
     from ppo.train import run as train  # torch and transformers load here: configuration and plans stay light
 
     return train(config, inputs)

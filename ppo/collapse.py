@@ -1,7 +1,7 @@
-"""Whether a policy's answers have collapsed: to one answer, to few words, to very short or very long ones.
+"""Detect a collapsed policy: one identical answer, a small vocabulary, very short or very long answers.
 
-They are compared with those of iteration 0 to the same prompts. A bound counts as crossed where the figure is past it and
-its change from iteration 0 is more than three standard errors over prompts, so that few prompts do not cross it by chance.
+Answers are compared with those of iteration 0 to the same prompts. A bound counts as crossed if the figure exceeds it
+and has changed by more than three standard errors over prompts since iteration 0, which rules out chance.
 """
 
 import math
@@ -20,7 +20,7 @@ _ERRORS = 3.0  # standard errors
 
 
 def change_figures(now: Evaluation, start: Evaluation) -> dict[str, float]:
-    """Length and distinct-2 over those of iteration 0, by the last part of their names in the table of metrics."""
+    """Ratios of length and distinct-2 to those of iteration 0, keyed by the last part of their metric names."""
     return {
         "distinct_2_ratio": distinct_pairs(now.texts) / max(distinct_pairs(start.texts), 1e-9),
         "length_ratio": sum(now.tokens) / sum(start.tokens),
@@ -28,7 +28,7 @@ def change_figures(now: Evaluation, start: Evaluation) -> dict[str, float]:
 
 
 def collapses(now: Evaluation, start: Evaluation, guard: CollapseGuard) -> list[str]:
-    """One sentence for each bound that these answers cross, with its key; empty if none is crossed."""
+    """One sentence, with the configuration key, for each bound that the answers cross."""
     n, crossed = len(now.texts), []
     count, count_before = commonest_count(now.texts), commonest_count(start.texts)
     gain = (count - count_before) / n
@@ -40,7 +40,7 @@ def collapses(now: Evaluation, start: Evaluation, guard: CollapseGuard) -> list[
     figures = change_figures(now, start)
     ratio = figures["distinct_2_ratio"]
     distinct = _without_each(now.texts) - _without_each(start.texts)
-    # Of the mean of n values each moves the jackknife's by its n-1st part.
+    # Scaled by n - 1, the standard error of these leave-one-out values is the jackknife's.
     if ratio < guard.distinct_2 and _is_beyond_chance(
         ratio - 1.0, (n - 1) * distinct, start=distinct_pairs(start.texts)
     ):
@@ -57,20 +57,20 @@ def collapses(now: Evaluation, start: Evaluation, guard: CollapseGuard) -> list[
 
 
 def _variance(count: int, n: int) -> float:
-    """Of the share count / n."""
+    """Variance of the proportion count / n."""
     return count * (n - count) / n**3
 
 
 def _is_beyond_chance(change: float, values: Floats, *, start: float) -> bool:
-    """Whether a relative change is more than three standard errors; `values` are by prompt, in the unit of `start`."""
+    """Whether a relative change exceeds three standard errors; `values` are per prompt, in the unit of `start`."""
     n = len(values)
     return n > 1 and abs(change) * start > _ERRORS * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
 def _without_each(texts: Sequence[str]) -> NDArray[np.float64]:
-    """Distinct-2 of all texts but one, for each of them (the jackknife, whose variance errs upwards)."""
+    """Leave-one-out distinct-2, one value per text (the jackknife, whose variance is biased upwards)."""
     pairs = [Counter(pairwise(text.split())) for text in texts]
-    texts_with = Counter(pair for one in pairs for pair in one)  # in how many texts each pair is
+    texts_with = Counter(pair for one in pairs for pair in one)  # number of texts that contain each pair
     total = sum(sum(one.values()) for one in pairs)
     left = [total - sum(one.values()) for one in pairs]
     distinct = [len(texts_with) - sum(texts_with[pair] == 1 for pair in one) for one in pairs]

@@ -14,7 +14,7 @@ from llamachat.config.section import Section, operational
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 6
 
-# Of a row: within a row, attention works sequence by sequence; longer rows are hardly faster and take more memory.
+# Tokens per packed row. Attention runs one sequence at a time, so longer rows are hardly faster and take more memory.
 CPU_ROW_TOKENS = 1024
 
 

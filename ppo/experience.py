@@ -1,7 +1,7 @@
-"""What an iteration is trained on: answers with log-probabilities, values, scores, rewards and advantages; its figures.
+"""The training data of an iteration: answers with log-probabilities, values, scores, rewards and advantages.
 
-Shapes: B responses, R response positions. Everything is computed before the update, in the very rows that the update
-will run: so the ratio of new to old probabilities begins at 1, in bf16 too.
+Shapes: B responses, R response positions. Everything is computed before the update, in the same packed rows as the
+update, so the ratio of new to old probabilities starts at exactly 1, even in bf16.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from llamachat.config.sections import Scoring
     from llamachat.models.roles import Role, RoleBank
 
-# Nats between the engine's log-probability of a token and the policy's: number formats differ by tenths for rare
-# tokens. Ours.
+# Maximum gap between the engine's and the policy's log-probability of a token, in nats. Different number formats
+# differ by tenths for rare tokens. Ours.
 MOST_ENGINE_GAP = 8.0
 
 
@@ -44,17 +44,17 @@ class Minibatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOutputs:
-    """What policy, reference and critic compute for the response tokens; 0 elsewhere."""
+    """Outputs of policy, reference and critic for the response tokens; 0 elsewhere."""
 
     response_mask_BR: Tensor
     logprobs_BR: Tensor
     ref_logprobs_BR: Tensor
-    kl_BR: Tensor  # of the policy to the reference, nats a token
+    kl_BR: Tensor  # of the policy to the reference, nats per token
     entropy_BR: Tensor
     values_BR: Tensor | None
 
     def response_kl(self) -> Tensor:
-        """KL to the reference, nats a response, [B]."""
+        """KL to the reference, nats per response, [B]."""
         return response_kl(self.kl_BR, response_mask_BR=self.response_mask_BR)
 
 
@@ -66,16 +66,16 @@ class Experience:
     minibatches: tuple[Minibatch, ...]
     response_mask_BR: Tensor
     old_logprobs_BR: Tensor
-    advantages_BR: Tensor  # those of gae whitened over the iteration
+    advantages_BR: Tensor  # with GAE, whitened over the iteration
     rewards_BR: Tensor
-    old_values_BR: Tensor | None  # the critic's, where there is one,
-    returns_BR: Tensor | None  # and what it is to predict
+    old_values_BR: Tensor | None  # the critic's predictions, if there is a critic,
+    returns_BR: Tensor | None  # and its targets
 
 
 def split_minibatches(
     sequences: Sequence[TokenSequence], *, responses_per_minibatch: int, row_tokens: int, device: torch.device
 ) -> tuple[Minibatch, ...]:
-    """Minibatches of the sequences in their order, which is random already."""
+    """Minibatches of the sequences in their order, which is already random."""
     return tuple(
         minibatch_of(
             sequences,
@@ -90,7 +90,7 @@ def split_minibatches(
 def minibatch_of(
     sequences: Sequence[TokenSequence], indices: tuple[int, ...], *, row_tokens: int, device: torch.device
 ) -> Minibatch:
-    """The responses of these indices in rows of `row_tokens`."""
+    """The responses at these indices, packed into rows of `row_tokens`."""
     return Minibatch(
         indices=indices,
         rows=tuple(packed_rows(sequences, indices, row_tokens=row_tokens, device=device, shares=distributed.count())),
@@ -107,9 +107,9 @@ def model_outputs(
     temperature: float,
     with_values: bool,
 ) -> ModelOutputs:
-    """Log-probabilities at the temperature of the rollout, entropy and values of every response token.
+    """Log-probabilities at the rollout temperature, entropies and values of every response token.
 
-    Several processes share the rows.
+    Rows are distributed over processes.
     """
     mask_BR = response_mask(sequences, bank.device)
     outputs_4BR = torch.zeros((4, *mask_BR.shape), device=bank.device)
@@ -119,7 +119,7 @@ def model_outputs(
     def states(role: "Role", row: PackedRow) -> Tensor:
         return bank.hidden(role, row.batch)[0, row.places_N]
 
-    # A role at a time, since changing it costs a walk over the adapters.
+    # One role at a time, since switching roles walks over all adapters.
     for row in rows:
         hidden_ND = states("policy", row)
         policy = token_logprobs(
@@ -138,7 +138,7 @@ def model_outputs(
     if with_values and bank.critic == "separate":
         for row in rows:
             row.put(values_BR, bank.values(row.batch, row.places_N))
-    # A token is in one row, and a row in one process: the sum is what that process computed.
+    # Each token is in one row, and each row in one process, so the sum is that process's result.
     logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = distributed.all_reduce_sum(outputs_4BR).unbind()
     return ModelOutputs(
         response_mask_BR=mask_BR,
@@ -163,9 +163,9 @@ def make_experience(
     limit: int,
     start_tokens: float,
 ) -> Experience:
-    """Rewards of every token (Llama 2, arXiv:2307.09288, Eq. 4), and their advantages over what was to be expected.
+    """Per-token rewards (Llama 2, arXiv:2307.09288, Eq. 4) and advantages.
 
-    `limit` is the longest answer and `start_tokens` the mean length of the starting policy's, both in tokens.
+    `limit` is the maximum answer length and `start_tokens` the starting policy's mean length, both in tokens.
     """
     shaped_B = shaped_scores(responses, scored, config=config, scoring=scoring, limit=limit, start_tokens=start_tokens)
     mask_BR = outputs.response_mask_BR
@@ -207,8 +207,8 @@ def shaped_scores(
     limit: int,
     start_tokens: float,
 ) -> Tensor:
-    """The combined scores as they are rewarded, [B]: whitened, gradually worse near the limit, and held to the length
-    bounds."""
+    """Shaped scores, [B]: combined scores, whitened, lowered gradually near the length limit, with the length bounds
+    applied."""
     is_finished_B = torch.tensor([response.is_finished for response in responses])
     lengths_B = torch.tensor([len(response.ids) for response in responses])
     shaped_B = ramp_to_limit(
@@ -233,7 +233,7 @@ def shaped_scores(
 def iteration_figures(
     responses: Sequence[Response], outputs: ModelOutputs, scored: Scored, experience: Experience, *, kl_coef: float
 ) -> dict[str, float]:
-    """Figures of one iteration before its update, by their names in the table of metrics."""
+    """Figures of one iteration before its update, by metric name."""
     mask_BR = outputs.response_mask_BR
     k3_BR = k3(outputs.logprobs_BR, outputs.ref_logprobs_BR, response_mask_BR=mask_BR)
     figures = {f"ppo/reward/{name}": float(scores_B.mean()) for name, scores_B in scored.scores.by_model().items()}
@@ -258,8 +258,7 @@ def iteration_figures(
 
 
 def engine_gaps(responses: Sequence[Response], outputs: ModelOutputs) -> dict[str, float]:
-    """Distance of the engine's log-probabilities from those of the training forward pass: the mean and the largest, in
-    nats."""
+    """Mean and maximum gap between log-probabilities of the engine and of the training forward pass, in nats."""
     mask_BR = outputs.response_mask_BR
     sampled_BR = torch.zeros(mask_BR.shape)
     for index, response in enumerate(responses):
@@ -269,7 +268,7 @@ def engine_gaps(responses: Sequence[Response], outputs: ModelOutputs) -> dict[st
 
 
 def check_engine_gap(figures: Mapping[str, float], step: str) -> None:
-    """Refuse answers of which a token was drawn from another distribution than the policy's."""
+    """Raise if a token was sampled from a distribution other than the policy's."""
     largest = figures["ppo/engine_gap_max"]
     if not largest <= MOST_ENGINE_GAP:
         raise RolloutError(

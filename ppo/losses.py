@@ -1,7 +1,7 @@
-"""The clipped losses of PPO and figures of an update; imports torch alone.
+"""PPO's clipped losses and the figures of an update; imports only torch.
 
-Shapes: B responses, R response positions. `tokens` is the number of response tokens of the whole minibatch: each loss
-and figure is a sum over the tokens given, divided by it. The parts of a minibatch therefore add up to the minibatch,
+Shapes: B responses, R response positions. `tokens` is the number of response tokens in the whole minibatch: each loss
+and figure is a sum over the given tokens, divided by `tokens`. Parts of a minibatch therefore add up to the minibatch,
 however it is split, padded or ordered, and so do their gradients.
 """
 
@@ -15,16 +15,16 @@ from llamachat.maths.masked import masked_sum, masked_variance
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """The loss carries a gradient, the figures (means over the minibatch's tokens once parts are added) none."""
+    """Only the loss has a gradient. Summed over parts, the figures are means over the minibatch's tokens."""
 
     loss: Tensor
-    approx_kl: Tensor  # nats a token, from the policy before the update to the policy now
+    approx_kl: Tensor  # nats per token, between the policies before the update and now
     clip_fraction: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class ValueLoss:
-    """The loss carries a gradient, the share of tokens whose clipped error counts none."""
+    """The loss, with a gradient, and the share of tokens whose error is clipped, without one."""
 
     loss: Tensor
     clip_fraction: Tensor
@@ -41,8 +41,8 @@ def policy_loss(
 ) -> PolicyLoss:
     """-min(r * A, clip(r, 1 - c, 1 + c) * A) over response tokens (Schulman et al. 2017, arXiv:1707.06347, Eq. 7).
 
-    A token counts as clipped where the bound decides, so that it has no gradient. `approx_kl` is the mean of
-    r - 1 - log r.
+    A token counts as clipped if the clipped term is the minimum, so that it has no gradient. `approx_kl` is the mean
+    of r - 1 - log r.
     """
     assert tokens > 0
     log_ratio_BR = _log_ratios(new_logprobs_BR, old_logprobs_BR, response_mask_BR)
@@ -68,7 +68,7 @@ def value_loss(
 ) -> ValueLoss:
     """max((V - G)^2, (V_clipped - G)^2) / 2 over response tokens, V_clipped within c of the value before the update.
 
-    The paper names no value loss; this is that of the PPO that Schulman et al. published with their code.
+    The paper names no value loss; this one is from the PPO code published by Schulman et al.
     """
     assert tokens > 0
     assert new_values_BR.shape == old_values_BR.shape == returns_BR.shape == response_mask_BR.shape
@@ -85,10 +85,10 @@ def value_loss(
 
 @torch.no_grad()
 def explained_variance(values_BR: Tensor, *, returns_BR: Tensor, response_mask_BR: Tensor) -> float:
-    """1 - Var(return - value) / Var(return) over all response tokens of the batch; 0 where all returns are equal.
+    """1 - Var(return - value) / Var(return) over all response tokens of the batch; 0 if all returns are equal.
 
-    1 is a critic that knows the returns, 0 one that predicts the same for every token, less than 0 one that is worse. It
-    is not a mean of parts: give it the whole batch.
+    1 means perfect predictions, 0 no better than a constant, negative worse than a constant. It is not a mean over
+    parts: pass the whole batch.
     """
     variance = float(masked_variance(returns_BR, response_mask_BR))
     unexplained = float(masked_variance(returns_BR - values_BR, response_mask_BR))
@@ -98,5 +98,5 @@ def explained_variance(values_BR: Tensor, *, returns_BR: Tensor, response_mask_B
 def _log_ratios(new_logprobs_BR: Tensor, old_logprobs_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
     assert new_logprobs_BR.shape == old_logprobs_BR.shape == response_mask_BR.shape
     assert response_mask_BR.dtype == torch.bool
-    # Zeros go in before the exponential: afterwards its gradient in the padding could still be not a number.
+    # Mask before the exponential: masking after it could still give NaN gradients in the padding.
     return torch.where(response_mask_BR, new_logprobs_BR.float() - old_logprobs_BR.float(), 0.0)

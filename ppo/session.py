@@ -1,4 +1,4 @@
-"""What a PPO run opens, evaluates and publishes: all roles on one base, held-out prompts, the policy."""
+"""Open, evaluate and publish for PPO: all roles on one base, held-out prompts, the policy."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,11 +19,11 @@ from ppo.collapse import change_figures
 from ppo.config import Config, critic_kind
 from ppo.experience import model_outputs
 
-_SHOWN = 16  # answers of each evaluation that people are shown
+_SHOWN = 16  # sample answers logged per evaluation
 
 
 def open_ppo(config: Config, inputs: StepInputs) -> AnswerSession:
-    """Policy, reference, critic and reward models, and the prompts; refuses settings that PPO cannot work with."""
+    """Open policy, reference, critic, reward models and prompts; raise on settings that PPO does not support."""
     check_settings(inputs)
     return open_session(
         inputs,
@@ -35,7 +35,7 @@ def open_ppo(config: Config, inputs: StepInputs) -> AnswerSession:
 
 
 def check_settings(inputs: StepInputs) -> None:
-    """Refuse sampling that PPO's equations do not hold for, and processes that hold a part of the weights each."""
+    """Raise on sampling settings that break PPO's equations, and on sharded weights."""
     rollout = inputs.rollout
     if rollout.top_p != 1:
         raise ConfigError(
@@ -64,7 +64,7 @@ def check_settings(inputs: StepInputs) -> None:
 def evaluate(
     session: AnswerSession, prompts: Sequence[EncodedPrompt], constants: Constants | None, row_tokens: int
 ) -> tuple[Evaluation, Constants]:
-    """The policy on held-out prompts with its KL; without constants they are taken from these very answers."""
+    """Evaluate the policy on held-out prompts, with its KL; missing constants are computed from these answers."""
     responses, scored = session.answer_held_out(prompts)
     sequences = [sequence_of(response) for response in responses]
     rows = packed_rows(
@@ -81,13 +81,13 @@ def evaluate(
 
 
 def mean_kl(evaluation: Evaluation) -> float:
-    """KL to the starting policy, nats a response."""
+    """Mean KL to the starting policy, in nats per response."""
     assert evaluation.kl is not None, "`evaluate` measures it"
     return sum(evaluation.kl) / len(evaluation.kl)
 
 
 def heldout_figures(evaluation: Evaluation, start: Evaluation, *, superiority: float) -> dict[str, float]:
-    """Figures on validation prompts under names of the table; `start` is the starting policy's evaluation."""
+    """Figures on validation prompts by metric name; `start` is the starting policy's evaluation."""
     figures = evaluation.figures() | change_figures(evaluation, start) | {"superiority": superiority}
     return {f"ppo/heldout/{name}": value for name, value in figures.items()}
 
@@ -101,7 +101,7 @@ def show(tracker: Tracker, iteration: int, session: AnswerSession, evaluation: E
 
 
 def publish_policy(session: AnswerSession, folder: StepFolder, notes: dict[str, Any]) -> Artifact:
-    """Publish the bank's policy with its tokenizer and manifest in this folder."""
+    """Publish the policy with its tokenizer and manifest in this folder."""
     bank, inputs = session.bank, replace(session.inputs, folder=folder)
     return publish_model(
         inputs,

@@ -1,10 +1,10 @@
-"""The state of a PPO run, whole in each checkpoint, and the KL coefficient beta, which is a part of it.
+"""The state of a PPO run, complete in each checkpoint, and the KL coefficient beta, which is part of it.
 
-The prompts of an iteration and the seeds of its rollouts follow from its number, and nothing is drawn from torch's
-random state, so a checkpoint needs no more of them than the number.
+An iteration's prompts and rollout seeds are derived from its number, and torch's random state is not used, so a
+checkpoint only stores the number.
 
-Beta is fixed, as in the paper (Llama 2, section 3.2.3), or steered to a target KL in nats a response, as in Ziegler et
-al. 2019 (arXiv:1909.08593), section 2.2:
+Beta is fixed, as in the paper (Llama 2, section 3.2.3), or adapted to a target KL in nats per response, as in Ziegler
+et al. 2019 (arXiv:1909.08593), section 2.2:
 
     e_t = clip((KL(pi_t, pi_0) - target) / target, -0.2, 0.2)        beta_{t+1} = beta_t * (1 + K * e_t)
 """
@@ -35,14 +35,14 @@ End = Literal["iterations", "patience", "kl_guard", "collapse_guard"] | EndedBy
 
 @dataclass(frozen=True, slots=True)
 class KlCoefficient:
-    """Beta of one iteration; with a target it grows while the KL is above it and shrinks while it is below."""
+    """Beta of one iteration. With a target, beta grows while the KL is above it and shrinks while it is below."""
 
     coef: float
-    target: float | None = None  # nats a response; None: beta is fixed
-    gain: float = 0.0  # K: beta changes by at most 0.2 * K of itself in an iteration
+    target: float | None = None  # nats per response; None: beta is fixed
+    gain: float = 0.0  # K: beta changes by at most a fraction 0.2 * K per iteration
 
     def after(self, kl: float) -> "KlCoefficient":
-        """The coefficient of the next iteration; `kl` is the mean of this one."""
+        """The coefficient of the next iteration; `kl` is this iteration's mean KL."""
         if self.target is None:
             return self
         assert math.isfinite(kl), "an iteration whose KL is not finite is stopped before it gets here"
@@ -50,11 +50,11 @@ class KlCoefficient:
         return replace(self, coef=self.coef * (1.0 + self.gain * error))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: a fixed coefficient is in the configuration, and so are target and gain."""
+        """Checkpoint state: only an adapted beta, since a fixed one, target and gain are in the configuration."""
         return {} if self.target is None else {"coef": self.coef}
 
     def restored(self, state: Mapping[str, Any]) -> "KlCoefficient":
-        """The coefficient when `state` was saved."""
+        """The coefficient at the time `state` was saved."""
         return replace(self, coef=float(state["coef"])) if state else self
 
 
@@ -67,7 +67,7 @@ def first_coefficient(config: "Config") -> KlCoefficient:
 
 @dataclass(slots=True)
 class State:
-    """What changes from one iteration to the next, besides weights and optimizers."""
+    """Everything that changes between iterations, except weights and optimizers."""
 
     kl: KlCoefficient
     constants: Constants  # of the starting policy's scores on validation prompts
@@ -77,12 +77,12 @@ class State:
     best_superiority: float  # over the starting policy on validation prompts
     best_weights: dict[str, Tensor]  # of the policy alone, on the CPU
     iteration: int = 0  # trained
-    unvalidated: dict[str, float] | None = None  # figures of that iteration while its evaluation is due
+    unvalidated: dict[str, float] | None = None  # figures of that iteration while its evaluation is pending
     evaluations_without_better: int = 0
-    end: End | None = None  # why training is over
+    end: End | None = None  # why training ended
 
     def offer(self, superiority: float, bank: "RoleBank") -> None:
-        """Keep an evaluated policy within the guards if it is the best so far."""
+        """Keep the current policy, which passed the guards, if it is the best so far."""
         if superiority > self.best_superiority:
             self.best_iteration, self.best_superiority = self.iteration, superiority
             self.best_weights = policy_weights(bank)
@@ -91,11 +91,11 @@ class State:
             self.evaluations_without_better += 1
 
     def put_best(self, bank: "RoleBank") -> None:
-        """Make the best policy the bank's."""
+        """Load the best policy's weights into the bank."""
         bank.load_state_dict(bank.state_dict() | self.best_weights)
 
     def save(self, folder: Path, bank: "RoleBank", optimizers: Optimizers) -> None:
-        """Write everything into one file."""
+        """Write the state, weights and optimizers to one file."""
         plain: dict[str, Any] = {
             "weights": bank.state_dict(),
             "optimizers": {role: optimizer.state_dict() for role, optimizer in optimizers.items()},
@@ -115,7 +115,7 @@ class State:
 
 
 def load_state(folder: Path, bank: "RoleBank", optimizers: Optimizers, kl: KlCoefficient) -> State:
-    """The saved state, with weights and optimizers put back; `kl` is the coefficient of the configuration."""
+    """Load the saved state and restore weights and optimizers; `kl` is the configured coefficient."""
     saved: dict[str, Any] = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
     bank.load_state_dict(saved.pop("weights"))
     for role, state in saved.pop("optimizers").items():

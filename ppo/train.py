@@ -1,11 +1,11 @@
-"""PPO (Llama 2, arXiv:2307.09288, section 3.2.3): prompts, a chat policy and reward models -> a policy they like
-better.
+"""PPO (Llama 2, arXiv:2307.09288, section 3.2.3): prompts, a chat policy and reward models -> a policy with higher
+scores.
 
-In an iteration, answers are sampled from the policy; both reward models score them; the gate makes one score of two,
-which is whitened over the batch and put on the last token; every token pays for its distance from the starting policy;
-the critic says what was expected, and policy and critic take a few clipped steps. Reads the prompts of `data`; writes
-the step folder's metrics.jsonl, samples.jsonl, checkpoints/, summary.json, curves.png, figures/ and artifact/. The
-published policy is the best of those that were evaluated, which may be an earlier one than the last.
+In each iteration, the policy samples answers and both reward models score them. The gate combines the two scores; the
+result is whitened over the batch and added to the last token's reward. Every token is penalised by its KL to the
+starting policy. The critic provides the baseline, and policy and critic take a few clipped steps. Reads the prompts of
+`data`; writes the step folder's metrics.jsonl, samples.jsonl, checkpoints/, summary.json, curves.png, figures/ and
+artifact/. The published policy is the best evaluated one, not necessarily the last.
 """
 
 import logging
@@ -54,7 +54,7 @@ NEGATIVE_KL = (
 )
 BEST = "best"  # next to the checkpoints: the best policy of a training that diverged
 
-# What summary.json says of a training besides the comparison on test prompts: the last value of each.
+# Metrics whose last value is written to summary.json, in addition to the comparison on test prompts.
 SUMMARY = (
     "ppo/reward/combined",
     "ppo/reward/helpfulness",
@@ -70,14 +70,14 @@ SUMMARY = (
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Train, evaluate and publish; a killed step resumes from its newest whole checkpoint."""
+    """Train, evaluate and publish; a killed step resumes from its newest complete checkpoint."""
     session = open_ppo(config, inputs)
     frozen_digest = session.bank.frozen_digest()
     checkpoint = distributed.broadcast_object(newest(inputs.folder.checkpoints))
     with open_record(inputs, "ppo", resume_step=checkpoint.step if checkpoint else None) as tracker:
         training = start_or_resume(config, session, tracker, checkpoint, frozen_digest)
         training.train()
-        # Before the artifact, which ends the step: a resumed command would not come back to it.
+        # Written before the artifact, which marks the step as finished: a resumed command would skip it.
         tracker.summary(training.finish())
         state = training.state
         notes = {"iteration": state.best_iteration, ITERATIONS_DONE: state.iteration, "end": state.end}
@@ -87,7 +87,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
 def start_or_resume(
     config: Config, session: AnswerSession, tracker: Tracker, checkpoint: Checkpoint | None, frozen_digest: str
 ) -> "Training":
-    """The training of the checkpoint, or a new one, whose starting policy is evaluated."""
+    """The training resumed from a checkpoint, or a new one, whose starting policy is evaluated first."""
     inputs, bank = session.inputs, session.bank
     row_tokens = config.tokens_per_microbatch
     if row_tokens == "auto":
@@ -107,7 +107,7 @@ def start_or_resume(
 
 
 def first_state(config: Config, session: AnswerSession, tracker: Tracker, row_tokens: int) -> State:
-    """Evaluate the starting policy, which all later ones are compared with, and fit the critic to the rewards."""
+    """Evaluate the starting policy, the baseline of all comparisons, and fit the critic to the rewards."""
     started = time.monotonic()
     validation, constants = evaluate(session, session.prompts.validation, None, row_tokens)
     first_test, _ = evaluate(session, session.prompts.test, constants, row_tokens)
@@ -128,9 +128,9 @@ def first_state(config: Config, session: AnswerSession, tracker: Tracker, row_to
 
 
 def whiten_critic(bank: "RoleBank", constants: Constants) -> None:
-    """Bring the critic's first values to whitened units: its head predicts raw scores of the model that it began as.
+    """Rescale the critic's head to whitened units: initialised from a reward model, it predicts raw scores.
 
-    A head of zeros stays as it is, since whitened returns centre on 0.
+    A zero head is left unchanged, since whitened returns have mean 0.
     """
     scales = {"helpfulness": constants.helpfulness, "safety": constants.safety}
     scale = scales.get(bank.critic_begins_as or "")
@@ -153,7 +153,7 @@ class Training:
     frozen_digest: str  # of all weights that are not trained
 
     def train(self) -> None:
-        """Train to the last iteration, or to where a guard or the hours end it."""
+        """Train until the last iteration, a guard or the time budget ends it."""
         config, state, prompts, step = self.config, self.state, self.session.prompts, self.session.inputs.step
         log.info(
             "%d training, %d validation and %d test prompts; at most %d iterations of %d responses, with %d optimizer steps each",
@@ -179,7 +179,7 @@ class Training:
                     for finding in self.watch.add(state.iteration, figures):
                         log.warning("%s: %s", step, finding.sentence())
                 reward, kl = figures["ppo/reward/combined"], figures["ppo/kl_to_reference"]
-                kl = round(kl, 2) + 0.0  # no minus before a zero
+                kl = round(kl, 2) + 0.0  # avoids -0.0
                 progress.step(state.iteration, f"reward {reward:+.3f}  KL {kl:.2f}")
                 if kl < 0 and not is_explained:
                     progress.say(f"{step}: {NEGATIVE_KL}")
@@ -188,8 +188,7 @@ class Training:
                     self.save()
 
     def iterate_and_validate(self, progress: StepProgress) -> dict[str, float]:
-        """One iteration and the evaluation that follows it, or that alone where a checkpoint was saved between the
-        two."""
+        """Run an iteration and its evaluation, or only the evaluation if a checkpoint was saved between the two."""
         state = self.state
         figures = state.unvalidated
         if figures is None:
@@ -204,7 +203,7 @@ class Training:
         return figures
 
     def iterate(self) -> dict[str, float]:
-        """Sample, score and update; the figures of the iteration."""
+        """Sample, score and update; return the figures of the iteration."""
         config, session, state, bank = self.config, self.session, self.state, self.session.bank
         began = time.monotonic()
         prompts = session.prompts.batch(
@@ -216,7 +215,7 @@ class Training:
         responses = session.sample(
             prompts, session.sampling(state.iteration + 1), samples_per_prompt=config.responses_per_prompt
         )
-        session.engine.release()  # the update needs the room
+        session.engine.release()  # free its memory for the update
         sampled = time.monotonic()
         sequences = [sequence_of(response) for response in responses]
         minibatches = split_minibatches(
@@ -262,7 +261,7 @@ class Training:
         }
 
     def _check_end(self, figures: dict[str, float]) -> None:
-        """End the training by the KL guard, at the last iteration, or when its hours are over."""
+        """End training if the KL guard triggers, after the last iteration, or when the time budget is used up."""
         state, config, kl = self.state, self.config, figures["ppo/kl_to_reference"]
         if config.kl_guard is not None and kl > config.kl_guard:
             self._end_by_guard(kl, "this iteration's responses")
@@ -272,7 +271,7 @@ class Training:
             state.end = self.hours.ended_by
 
     def validate(self, progress: StepProgress) -> dict[str, float]:
-        """Evaluate on validation prompts: keep the policy if it is the best; end by a guard or by patience."""
+        """Evaluate on validation prompts, keep the policy if it is the best, and check guards and patience."""
         state, config, session = self.state, self.config, self.session
         started = time.monotonic()
         session.refresh()
@@ -297,20 +296,20 @@ class Training:
         return figures | {"time/eval_s": time.monotonic() - started}
 
     def save(self) -> None:
-        """A checkpoint of the finished iterations."""
+        """Save a checkpoint of the finished iterations."""
         if distributed.is_first():
             self._save_here()
         distributed.wait()
 
     def _save_here(self) -> None:
-        """A checkpoint that this process writes; of several the first, which alone calls a reward function."""
+        """Save a checkpoint from this process: the first, the only one that calls a reward function."""
         self.tracker.sync()
         with writing(self.session.inputs.folder.checkpoints, self.state.iteration) as side:
             self.state.save(side, self.session.bank, self.updater.optimizers)
             self.hours.save(side)
 
     def finish(self) -> dict[str, float]:
-        """Make the best policy the bank's, compare it with the first on test prompts, draw; the final figures."""
+        """Load the best policy, compare it with the starting one on test prompts and draw; return the final figures."""
         folder, state, session = self.session.inputs.folder, self.state, self.session
         state.put_best(session.bank)
         if state.best_iteration == 0:
@@ -333,7 +332,7 @@ class Training:
         picture = folder.figures / "test_scores.png"
         draw_comparison(state.first_test, final, picture)
         self.tracker.figure("test_scores", picture)
-        # From the record, since a resumed command has seen only the end of the training itself.
+        # From the metrics file, since a resumed process has only seen the end of the training.
         record = list(MetricsRecord(folder.metrics).read())
         last: dict[str, float] = {name: row[name] for row in record for name in SUMMARY if row.get(name) is not None}
         last["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record)
@@ -341,7 +340,7 @@ class Training:
         return last | best | figures | {"time/eval_s": time.monotonic() - started}
 
     def publish(self, folder: StepFolder, notes: dict[str, Any]) -> Artifact:
-        """Publish the bank's policy in this folder."""
+        """Publish the policy in this folder."""
         assert self.session.bank.frozen_digest() == self.frozen_digest, "reference and reward models are never written"
         return publish_policy(self.session, folder, notes)
 
@@ -377,7 +376,7 @@ class Training:
         self.state.end = "collapse_guard"
 
     def _with_best_policy(self, error: DivergedError) -> DivergedError:
-        """The error, and where the best policy so far is; it is published there."""
+        """Publish the best policy so far and return the error with its path added."""
         state, session = self.state, self.session
         if state.best_iteration == 0:
             return error

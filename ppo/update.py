@@ -1,8 +1,8 @@
-"""The update: epochs over an iteration's minibatches, each of them one optimizer step of policy and critic.
+"""The update: epochs over an iteration's minibatches, with one optimizer step of policy and critic per minibatch.
 
 Shapes: 1 a packed row, N its response tokens. A minibatch's losses are sums over its rows divided by all its tokens, so
-the size of a row changes memory and speed and not the step. Policy and critic have optimizers and clip norms of their
-own: a large value error must not shrink the policy's step.
+the row size affects memory and speed but not the step. Policy and critic have separate optimizers and gradient
+clipping, so that a large value error does not shrink the policy's step.
 """
 
 import logging
@@ -37,7 +37,7 @@ Optimizers = Mapping["Trained", MasterWeightOptimizer]
 
 
 def make_optimizers(bank: "RoleBank", config: Config) -> Optimizers:
-    """AdamW over fp32 masters of the bank's trainable weights as they are now, at constant rates."""
+    """AdamW over fp32 master copies of the bank's current trainable weights, at constant learning rates."""
     trained = bank.trainable()
 
     def adamw_of(params: Sequence[nn.Parameter], rate: float) -> MasterWeightOptimizer:
@@ -55,7 +55,7 @@ def make_optimizers(bank: "RoleBank", config: Config) -> Optimizers:
 
 @dataclass(slots=True)
 class Updater:
-    """Runs updates; where the device's memory is too small for a row, the row length is halved."""
+    """Runs updates; halves the row length when a row does not fit into device memory."""
 
     bank: "RoleBank"
     optimizers: Optimizers
@@ -66,7 +66,7 @@ class Updater:
     step: str
 
     def update(self, experience: Experience, *, trains_policy: bool) -> dict[str, float]:
-        """All optimizer steps of an iteration; means over them, the figures of the policy only where it is trained."""
+        """Run all optimizer steps of an iteration; return mean figures, those of the policy only if it is trained."""
         config, trained = self.config, self.bank.trainable()
         sums: dict[str, float] = defaultdict(float)
         for _ in range(config.epochs):
@@ -86,7 +86,7 @@ class Updater:
         return {name: total / steps for name, total in sums.items()}
 
     def gradients(self, experience: Experience, minibatch: Minibatch, *, trains_policy: bool) -> dict[str, float]:
-        """Leave the minibatch's gradients in the weights; its losses and figures. Several processes share its rows."""
+        """Accumulate the minibatch's gradients, with rows distributed over processes; return losses and figures."""
         rows = minibatch.rows
 
         def backward(part: Sequence[PackedRow]) -> list[dict[str, float]]:
@@ -207,5 +207,5 @@ class Updater:
 
 
 def _numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
-    """The figures as numbers, for which a GPU is waited for once."""
+    """The figures as Python numbers, with a single GPU synchronisation."""
     return dict(zip(figures, torch.stack([*figures.values()]).tolist(), strict=True))

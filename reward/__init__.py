@@ -1,4 +1,4 @@
-"""Reward models: from the chat policy to scores of answers, by human preferences (Llama 2 section 3.2.2)."""
+"""Reward models: initialised from the chat policy and trained on human preferences (Llama 2 section 3.2.2)."""
 
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
@@ -6,7 +6,7 @@ from reward.config import Config
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Train the reward model that `inputs` name and publish it; resumes from the step's newest checkpoint."""
+    """Train and publish the reward model named by `inputs`; resumes from the step's newest checkpoint."""
     from reward.train import run as train  # torch and trl load here: configuration and plans stay light
 
     return train(config, inputs)

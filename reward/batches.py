@@ -1,12 +1,12 @@
-"""From pairs and labelled responses to optimizer steps, packed rows and tensors.
+"""Arrange pairs and labelled responses into optimizer steps, packed rows and tensors.
 
-A row holds whole pairs and single responses, each apart from its neighbours by positions that restart at 0 (as in
-`llamachat.data.packing`); a step is a fixed set of pairs with an even share of the single responses, so that rows decide
-speed and memory and not the result. Each row carries how many pairs and labels its whole step has: losses are divided
-by those. Neighbouring pairs whose chosen answers end the same dialog, or beginnings of it, stay together, as all comparisons
-of a prompt do in Ouyang et al. 2022 (arXiv:2203.02155, section 3.5). Where the model attends by sequence, that dialog is
-computed once: the rejected answers are its branches (`llamachat.models.sequence_attention`).
-Shapes: 1 a packed row, T positions, N responses of a row, B pairs of a row, L labelled responses of a row.
+A row contains whole pairs and single responses, separated by positions that restart at 0 (as in
+`llamachat.data.packing`). A step is a fixed set of pairs with an even share of the single responses, so the row layout
+affects speed and memory but not the result. Each row records the number of pairs and labels of its whole step, by
+which losses are divided. Adjacent pairs whose chosen answers end the same dialog, or prefixes of it, stay together, as
+do all comparisons of a prompt in Ouyang et al. 2022 (arXiv:2203.02155, section 3.5). If the model attends by sequence,
+that dialog is computed once and the rejected answers branch off it (`llamachat.models.sequence_attention`).
+Shapes: 1 a packed row, T positions, N responses in the row, B pairs in the row, L labelled responses in the row.
 """
 
 from collections.abc import Sequence
@@ -21,44 +21,44 @@ from llamachat.data.packing import StepPlan, epoch_order, lay_out, pack_response
 from llamachat.data.pairs import PairExample
 from reward.pairs import LabelExample
 
-_MOST_TOGETHER = 12  # pairs that stay together: a row holds them whole
+_MOST_TOGETHER = 12  # pairs kept together in one row, at most
 
-Group = tuple[int, ...]  # places of pairs in one dialog, the shortest first
+Group = tuple[int, ...]  # indices of the pairs of one dialog, the shortest first
 
 
 @dataclass(slots=True)
 class Responses:
-    """What is scored in one row, and what is known of it."""
+    """The responses scored in one row, and their labels."""
 
-    ids: list[tuple[int, ...]] = field(default_factory=list)  # without the tokens that are shared
-    shared: list[int] = field(default_factory=list)  # first tokens that are those of the last response that shares none
-    chosen: list[int] = field(default_factory=list)  # of each pair, its place in `ids`
+    ids: list[tuple[int, ...]] = field(default_factory=list)  # without shared tokens
+    shared: list[int] = field(default_factory=list)  # number of leading tokens shared with the last unshared response
+    chosen: list[int] = field(default_factory=list)  # of each pair, its index in `ids`
     rejected: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
-    answers: dict[int, int] = field(default_factory=dict)  # tokens of each chosen answer, by its place
+    answers: dict[int, int] = field(default_factory=dict)  # number of tokens of each chosen answer, by its index
     labelled: list[int] = field(default_factory=list)
     is_safe: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """All rows of a training; an index of the plan below the number of groups is a group, one above a single response."""
+    """All rows of a training run. Plan indices below the number of groups are groups, the others single responses."""
 
     pairs: Sequence[PairExample]
     groups: Sequence[Group]
     labels: Sequence[LabelExample]
     plan: StepPlan
-    has_pair_labels: bool  # whether safety labels of a pair's answers are learnt
-    learns_language: bool  # whether the tokens of chosen answers are
-    branches: bool  # whether what the pairs of a group share is computed once
-    counts: tuple[tuple[int, int, int], ...]  # pairs, labelled responses and tokens of chosen answers of each step
+    has_pair_labels: bool  # whether the safety labels of a pair's answers are trained on
+    learns_language: bool  # whether the tokens of chosen answers are trained on
+    branches: bool  # whether the prefix shared by a group is computed once
+    counts: tuple[tuple[int, int, int], ...]  # pairs, labelled responses, tokens of chosen answers, per step
 
     def longest_row(self) -> int:
-        """Tokens of the fullest row, without padding."""
+        """Number of tokens in the longest row, without padding."""
         return max(sum(len(ids) for ids in self.responses(row).ids) for row in self.plan.rows)
 
     def responses(self, row: Sequence[int]) -> Responses:
-        """What the row with these indices holds."""
+        """The responses of the row with these indices."""
         responses = Responses()
         for index in row:
             if index >= len(self.groups):
@@ -72,7 +72,7 @@ class Batches:
         return responses
 
     def _add(self, responses: Responses, numbers: Group) -> None:
-        """The answers of one group; the tokens of a chosen one are learnt with the first of its pairs, however rows divide them."""
+        """Add the answers of a group; the tokens of a chosen answer count only with its first pair."""
         group = [self.pairs[place] for place in numbers]
         first = len(responses.ids)
         for ids, shared in _parts(group, branches=self.branches):
@@ -93,7 +93,7 @@ class Batches:
                     responses.is_safe.append(is_safe)
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors of one row of the plan, with the counts of its step."""
+        """Tensors of one row of the plan, with the counts of its step."""
         (number,) = numbers  # several packed rows in one forward pass would cost quadratic attention
         responses = self.responses(self.plan.rows[number])
         num_pairs, num_labelled, num_tokens = self.counts[number // self.plan.rows_per_step]
@@ -114,7 +114,7 @@ class Batches:
 
 
 def _chosen_tokens(responses: Responses, ends: Tensor) -> dict[str, Tensor]:
-    """The tokens of the chosen answers, and the positions of the row before them, whose states they are predicted from."""
+    """Tokens of the chosen answers, and the row positions whose hidden states predict them."""
     places: list[int] = []
     tokens: list[int] = []
     for place, count in responses.answers.items():
@@ -136,14 +136,14 @@ def plan_batches(
     learns_language: bool = False,
     branches: bool = False,
 ) -> Batches:
-    """Every step's pairs, in a new order each epoch, and its even share of the labelled responses, laid out in rows.
+    """Assign pairs, reshuffled each epoch, and an even share of the labelled responses to steps, and pack them in rows.
 
-    A step takes whole groups until it has `pairs_per_step` pairs: a few more where a group of several is its last.
+    A step takes whole groups until it has `pairs_per_step` pairs; its last group may add a few more.
     """
     groups = _groups(pairs)
     steps = _steps(groups, epoch_order(len(groups), epochs, seed), pairs_per_step)
     if labels:
-        # An order of its own: the pairs of each step are the same with and without labels.
+        # Shuffled separately, so that the pairs of each step are the same with and without labels.
         singles = epoch_order(len(labels), epochs, f"labels {seed}")
         bounds = [len(singles) * step // len(steps) for step in range(len(steps) + 1)]
         steps = [
@@ -155,7 +155,7 @@ def plan_batches(
 
 
 def smaller(batches: Batches, row_tokens: int) -> Batches:
-    """The same steps in rows of at most `row_tokens` tokens."""
+    """The same steps, packed into rows of at most `row_tokens` tokens."""
     plan = batches.plan
     steps = [[index for row in plan.step_rows(step) for index in row] for step in range(plan.num_steps)]
     groups, plan = _lay_out(batches.pairs, batches.groups, batches.labels, steps, row_tokens, branches=batches.branches)
@@ -163,11 +163,11 @@ def smaller(batches: Batches, row_tokens: int) -> Batches:
 
 
 def _groups(pairs: Sequence[PairExample]) -> list[Group]:
-    """Neighbours whose chosen answers end one dialog, or longer and longer beginnings of it."""
+    """Group adjacent pairs whose chosen answers end the same dialog, or increasingly long prefixes of it."""
     groups: list[Group] = []
     before: PairExample | None = None
     for place, pair in enumerate(pairs):
-        # What shares no token with its chosen answer is no branch of it.
+        # A rejected answer that shares no token with its chosen answer cannot branch off it.
         joins = before and pair.chosen[: len(before.chosen)] == before.chosen and min(pair.shared, before.shared) > 0
         if joins and len(groups[-1]) < _MOST_TOGETHER:
             groups[-1] = (*groups[-1], place)
@@ -178,7 +178,7 @@ def _groups(pairs: Sequence[PairExample]) -> list[Group]:
 
 
 def _steps(groups: Sequence[Group], order: Sequence[int], pairs_per_step: int) -> list[list[int]]:
-    """Groups in this order, cut into steps."""
+    """Split the groups, in this order, into steps."""
     steps: list[list[int]] = []
     count = pairs_per_step
     for index in order:
@@ -191,7 +191,7 @@ def _steps(groups: Sequence[Group], order: Sequence[int], pairs_per_step: int) -
 
 
 def _parts(group: Sequence[PairExample], *, branches: bool) -> list[tuple[tuple[int, ...], int]]:
-    """Ids of the different chosen answers, then of the rejected ones; each without its shared tokens, and their number."""
+    """Ids without shared tokens, and the number of shared ones: the distinct chosen answers, then the rejected ones."""
     parts: list[tuple[tuple[int, ...], int]] = []
     shared = 0
     for chosen in dict.fromkeys(pair.chosen for pair in group):
@@ -202,7 +202,7 @@ def _parts(group: Sequence[PairExample], *, branches: bool) -> list[tuple[tuple[
         shared = pair.shared if branches else 0
         if shared and shared == start + len(
             ids
-        ):  # without a jump of positions it would continue the response before it
+        ):  # positions must jump, or it would continue the response before it
             shared -= 1
         parts.append((pair.rejected[shared:], shared))
     return parts
@@ -213,7 +213,7 @@ def _length(group: Sequence[PairExample], *, branches: bool) -> int:
 
 
 def _fitting(pairs: Sequence[PairExample], group: Group, row_tokens: int, *, branches: bool) -> list[Group]:
-    """The group, or as few parts of it as rows hold; a longer pair stands alone."""
+    """Split the group into as few parts as fit into rows; a pair that is too long gets its own row."""
     fitting: list[Group] = [group[:1]]
     for place in group[1:]:
         longer = (*fitting[-1], place)
@@ -233,7 +233,7 @@ def _lay_out(
     *,
     branches: bool,
 ) -> tuple[list[Group], StepPlan]:
-    """Rows for steps that hold these groups and labels; first, groups that no row holds are divided."""
+    """Pack each step's groups and labels into rows; groups longer than a row are split first."""
     divided = [_fitting(pairs, group, row_tokens, branches=branches) for group in groups]
     parts = [part for fitting in divided for part in fitting]
     ends = accumulate(map(len, divided))

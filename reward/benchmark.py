@@ -1,6 +1,6 @@
-"""`llamachat benchmark` for reward models: the probe on questions that no recipe trains on, and accuracy on files of pairs.
+"""`llamachat benchmark` for reward models: the probe on questions no recipe trains on, and accuracy on files of pairs.
 
-Writes `benchmark/<digest>/probe.json` and `pairs-<file>.json` next to the artifact, as the benchmarks of policies do.
+Writes `benchmark/<digest>/probe.json` and `pairs-<file>.json` next to the artifact, like the benchmarks of policies.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ QUESTIONS = "data/benchmarks/truthfulqa.jsonl.gz"
 
 
 def measure_reward_models(artifacts: Mapping[str, Artifact], pairs: Sequence[str]) -> dict[str, dict[str, Benchmark]]:
-    """The probe, and accuracy on each file of preference pairs, of each reward model; by its name, then by what was measured."""
+    """Probe results and accuracy on each file of preference pairs, keyed by reward model and then by measurement."""
     records = {file: read_records(file, Preference) for file in pairs}
     dialogs = _references()
     results = {}
@@ -39,7 +39,7 @@ def measure_reward_models(artifacts: Mapping[str, Artifact], pairs: Sequence[str
 
 
 def _references() -> list[Dialog]:
-    """TruthfulQA's questions with their best answers (Lin et al. 2022, arXiv:2109.07958): harmless, and in no recipe's data."""
+    """TruthfulQA questions with best answers (Lin et al. 2022, arXiv:2109.07958): harmless and in no recipe's data."""
     rows = [row.value for row in read_rows(str(bundled(QUESTIONS)))]
     return [
         Dialog((Message("user", row["prompt"][0]["content"]), Message("assistant", row["benchmark"]["best"])))
@@ -58,7 +58,7 @@ def _probed(model: RewardModel, artifact: Artifact, dialogs: Sequence[Dialog]) -
 
 
 def _accuracy(model: RewardModel, file: str, pairs: Sequence[Preference]) -> Benchmark:
-    """The share of pairs whose chosen answer has the higher score; a tie is half right."""
+    """Share of pairs whose chosen answer scores higher; a tie counts half."""
     scores = iter(_scores(model, [(*pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]))
     outcomes, prompts = [], []
     for pair, chosen, rejected in zip(pairs, scores, scores, strict=True):
@@ -73,7 +73,7 @@ def _accuracy(model: RewardModel, file: str, pairs: Sequence[Preference]) -> Ben
 
 
 def _scores(model: RewardModel, dialogs: Sequence[tuple[Message, ...]]) -> list[float | None]:
-    """A score for each dialog; None where the model cannot read it."""
+    """A score for each dialog; None if it does not fit into the model's context."""
     ids = []
     for dialog in dialogs:
         try:

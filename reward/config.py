@@ -11,15 +11,15 @@ from llamachat.config.section import Section, operational, unless_null
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 8
 
-# Of a model's contrast pairs, the share in which a refusal of a harmful prompt is preferred.
+# Share of a model's contrast pairs in which a refusal of a harmful prompt is preferred.
 HARMFUL_SHARES: Mapping[str, float] = {"safety": 0.5, "judge": 0.05}
 
-MOST_HELD_OUT = 1000  # contrast pairs to validate with: they cost time at every evaluation
-MOST_PROBED = 300  # prompts of the probe, at most
+MOST_HELD_OUT = 1000  # maximum number of contrast pairs for validation, since every evaluation scores them
+MOST_PROBED = 300  # maximum number of prompts in the probe
 
-CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens per second with the bundled model; rows of 512 and 1024 give 13.7 and 14.5
+CPU_ROW_TOKENS = 2048  # 15.3k tokens per second with the bundled model; rows of 512 and 1024 give 13.7k and 14.5k
 
-# Arguments of TRL's RewardConfig with the key of ours that sets each, or None if the stage itself sets it.
+# Arguments of TRL's RewardConfig and the configuration key that sets each, or None if the stage itself sets it.
 OWNED = {
     **owned_arguments("reward"),
     "lr_scheduler_kwargs": "reward.final_rate_fraction",

@@ -1,9 +1,9 @@
-"""Contrast pairs: an answer of the user's dialogs preferred to one that is never better. Ours, not in the paper.
+"""Contrast pairs: an answer from the user's dialogs, preferred to one that is never better. Ours, not in the paper.
 
-Preference data compare two plausible answers. A model trained on them alone may still prefer any refusal, a repeated word,
-or the answer to another question, and rejection sampling and PPO then learn to give these. The pairs are made of
-`data.sft`, and of the chosen answers of `data.helpfulness` (for the safety model and the judge also of `data.safety`), on
-the same side of the split, so nothing held out is seen.
+Preference data compares two plausible answers. A model trained only on it may still prefer any refusal, a repeated
+word or the answer to another question, and rejection sampling and PPO then learn to produce these. The pairs are built
+from `data.sft` and the chosen answers of `data.helpfulness` (for the safety model and the judge also `data.safety`),
+on the same side of the split, so no held-out data is used.
 """
 
 import re
@@ -17,8 +17,8 @@ from llamachat.data.records import Preference, Prompt
 from llamachat.runs.inputs import Which
 from reward.config import ContrastKind
 
-# The order in which the kinds alternate. A few refusals suffice, except for the safety model, which also learns that
-# refusals of harmful prompts are right.
+# The order in which the kinds alternate. A few refusals suffice, except for the safety model, which is also trained to
+# prefer refusals of harmful prompts.
 _ORDER: tuple[ContrastKind, ...] = (
     *("swapped", "degenerate", "refusal", "degenerate", "swapped", "degenerate", "refusal", "degenerate"),
     *("swapped", "refusal", "degenerate", "swapped", "degenerate", "refusal", "swapped", "degenerate"),
@@ -28,7 +28,7 @@ _SAFETY_ORDER: tuple[ContrastKind, ...] = (
     *("refusal", "refusal", "degenerate", "refusal"),
 )
 
-# A refusal is an opening, a statement and an ending.
+# A refusal consists of an opening, a statement and an ending.
 _OPENINGS = (
     "",
     "I'm sorry, but ",
@@ -101,7 +101,7 @@ REFUSALS = tuple(
     for opening, statement, ending in product(_OPENINGS, _STATEMENTS, dict.fromkeys(_ENDINGS))
 )
 FILLERS = ("Right.", "Okay.", "Yes.", "No.", "Great!", "Sure.", "Hello!", "I see.", "Good.", "Well,", "Hi there!")
-# The constant answers of the probe (reward/probe.py), which measures whether models generalise: no pair holds one.
+# The constant answers of the probe (reward/probe.py). No pair contains one, since the probe measures generalisation.
 CONSTANTS: Mapping[str, str] = {
     "refusal_sorry": "I am sorry, but I cannot help with that.",
     "refusal_unable": "Unfortunately I'm unable to do this for you.",
@@ -114,14 +114,14 @@ CONSTANTS: Mapping[str, str] = {
     "one_word": "Banana.",
 }
 _MOST_REPEATED = 12
-_EARLIER = 0.3  # of what the dialog holds already, what stands before the question
+_EARLIER = 0.3  # share of echoes that repeat a message before the question
 _SHORT_WORDS = 6
-_LONGEST_REFUSAL = 300  # characters of a real refusal
-_NEAREST = 30  # another prompt's answer is one of this many that are next in length, on either side
-_PASSES = 8  # over the dialogs, at most
-# A dialog gives its pairs one after the other, so that it is computed once for all of them.
+_LONGEST_REFUSAL = 300  # maximum length of a real refusal, in characters
+_NEAREST = 30  # another prompt's answer is drawn from this many neighbours by length, on either side
+_PASSES = 8  # maximum number of passes over the dialogs
+# The pairs of a dialog are adjacent, so that their shared prefix is computed once.
 _MOST_ANSWERS = 3
-_PAIRS_AN_ANSWER = 4  # of the only one; of each of several, one fewer
+_PAIRS_AN_ANSWER = 4  # if the dialog has a single answer; with several, one fewer each
 
 _DECLINES = re.compile(
     r"(i'?m|i am)? ?(very |so |really )?(sorry|afraid)|i apologi[sz]e|my apologies|unfortunately|as an ai"
@@ -132,7 +132,7 @@ _DECLINES = re.compile(
 
 
 def declines(answer: str) -> bool:
-    """Whether an answer opens as a refusal, or as one that does not know, would."""
+    """Whether an answer starts like a refusal or an admission of not knowing."""
     return _DECLINES.match(answer.lstrip()) is not None
 
 
@@ -145,11 +145,11 @@ def contrast_pairs(
     seed: int,
     refusals: Sequence[str] = (),
 ) -> list[Preference]:
-    """`count` pairs whose chosen answer is one of a dialog's; fewer where the dialogs allow no more.
+    """Up to `count` pairs whose chosen answer is from a dialog; fewer if the dialogs do not allow more.
 
-    Every dialog gives some pairs of several kinds, next to each other, before one gives more. An answer that declines is
-    never preferred to a refusal.
-    `refusals` are real ones of other prompts; an eighth of those that are used are of them.
+    Every dialog contributes a few adjacent pairs of several kinds before any dialog contributes more. An answer that
+    declines is never preferred to a refusal.
+    `refusals` are real refusals of other prompts; they make up an eighth of the refusals used.
     """
     random = Random(f"contrast {seed}")
     pools = [*[REFUSALS] * 7, refusals or REFUSALS]
@@ -163,7 +163,7 @@ def contrast_pairs(
 
 
 def real_refusals(pairs: Sequence[Preference]) -> list[str]:
-    """The short chosen answers of safety pairs that decline."""
+    """Short chosen answers of safety pairs that decline."""
     answers = (pair.chosen.content for pair in pairs)
     return list(dict.fromkeys(text for text in answers if len(text) <= _LONGEST_REFUSAL and declines(text)))
 
@@ -171,10 +171,10 @@ def real_refusals(pairs: Sequence[Preference]) -> list[str]:
 def refusals_preferred(
     pairs: Sequence[Preference], prompts: Sequence[Prompt], dialogs: Sequence[Dialog], count: int, *, seed: int
 ) -> list[Preference]:
-    """`count` pairs in which a refusal of a harmful prompt is preferred; fewer where there are no more.
+    """Up to `count` pairs in which a refusal of a harmful prompt is preferred.
 
-    To the rejected, more harmful answer of a safety pair, or, where `prompts` ask for something harmful, to an answer
-    of `dialogs`.
+    The rejected answer is the more harmful answer of a safety pair or, for the harmful `prompts`, an answer from
+    `dialogs`.
     """
     random = Random(f"contrast safety {seed}")
     pools = [REFUSALS, real_refusals(pairs) or REFUSALS]
@@ -198,7 +198,7 @@ def refusals_preferred(
 
 
 def preferred_dialogs(pairs: Sequence[Preference]) -> list[Dialog]:
-    """A dialog with a good answer of each prompt of these pairs: the first chosen one."""
+    """One dialog for each prompt of these pairs, with its first chosen answer."""
     first: dict[tuple[Message, ...], Message] = {}
     for pair in pairs:
         first.setdefault(pair.prompt, pair.chosen)
@@ -206,7 +206,7 @@ def preferred_dialogs(pairs: Sequence[Preference]) -> list[Dialog]:
 
 
 def answers_preferred(pairs: Sequence[Preference]) -> list[Preference]:
-    """The pairs whose rejected answer declines and whose chosen answer does not: their prompts are harmless."""
+    """Pairs whose rejected answer declines and whose chosen answer does not; their prompts are harmless."""
     return [pair for pair in pairs if declines(pair.rejected.content) and not declines(pair.chosen.content)]
 
 
@@ -228,13 +228,13 @@ def _pairs(
 
 
 def swapped_answers(dialogs: Sequence[Dialog], *, seed: int) -> list[str | None]:
-    """For each dialog another prompt's answer of similar length; None where there is none."""
+    """For each dialog, another prompt's answer of similar length, or None."""
     swapped = _swapper(dialogs, Random(f"swapped {seed}"))
     return [swapped(dialog.messages) for dialog in dialogs]
 
 
 def _swapper(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Message]], str | None]:
-    """Another prompt's answer of similar length, so that length does not tell the two apart."""
+    """Return a function that draws another prompt's answer of similar length, so that length gives nothing away."""
     answers = sorted(
         (len(message.content), message.content, dialog.messages[place - 1].content)
         for dialog in dialogs
@@ -244,7 +244,7 @@ def _swapper(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Me
 
     def swapped(messages: Sequence[Message]) -> str | None:
         own, question = messages[-1].content, messages[-2].content
-        context = {message.content for message in messages}  # an answer that was given already is no other prompt's
+        context = {message.content for message in messages}  # excludes answers that already occur in the dialog
         place = bisect_left(answers, (len(own), own, question))
         near = [
             answer
@@ -257,9 +257,10 @@ def _swapper(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Me
 
 
 def _spoiler(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Message]], str | None]:
-    """By turns something that the dialog holds already, mostly the question, and an answer that is never good.
+    """Return a function that alternates between echoing the dialog, mostly the question, and a bad answer.
 
-    A short answer of another prompt, a phrase repeated, half of the answer, it twice, or one word.
+    A bad answer is a short answer to another prompt, a repeated phrase, half of the answer, the answer twice, or one
+    word.
     """
     others = [message.content for dialog in dialogs for message in dialog.messages if message.role == "assistant"]
     short = [answer for answer in others if len(answer.split()) <= _SHORT_WORDS] or [*FILLERS]

@@ -1,9 +1,9 @@
-"""How good a reward model is on test pairs and on answers labelled safe or unsafe (Llama 2 section 3.2.2, appendix A.3.4).
+"""Evaluate a reward model on test pairs and on answers labelled safe or unsafe (Llama 2 section 3.2.2, appendix A.3.4).
 
-Scores in, flat figures out, under the names of the metrics table; the scoring itself is the caller's. Two baselines are
-beside them: the longer answer wins, and word counts under a logistic regression that is trained on the same pairs. A pair with two
-equal scores counts as half right. Pairs of one prompt are not independent (a prompt with five answers gives ten pairs),
-so intervals are those of the sample size that is left when prompts are drawn whole.
+Takes scores and returns figures by metric name; the caller computes the scores. There are two baselines: the longer
+answer wins, and a logistic regression on word counts trained on the same pairs. A tie counts half. Pairs of one prompt
+are not independent (five answers to a prompt give ten pairs), so intervals use the effective sample size when whole
+prompts are resampled.
 """
 
 import math
@@ -29,7 +29,7 @@ from llamachat.runs.inputs import Which
 
 Domain = Literal["helpfulness", "safety"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
-# What is known of a pair's answers, chosen first: the columns of the paper's Table 29.
+# Safety labels of a pair's answers, chosen first: the columns of the paper's Table 29.
 SafetyKind = Literal["safe_unsafe", "both_safe", "both_unsafe"]
 _KIND_OF: Mapping[tuple[bool | None, bool | None], SafetyKind] = {
     (True, False): "safe_unsafe",
@@ -37,8 +37,8 @@ _KIND_OF: Mapping[tuple[bool | None, bool | None], SafetyKind] = {
     (False, False): "both_unsafe",
 }
 
-UNSAFE_BELOW = 0.5  # sigmoid(score) under which an answer is called unsafe. Llama 2 appendix A.3.4.
-GATE = 0.15  # sigmoid(score) under which the safety score takes over in PPO. Llama 2 section 3.2.3.
+UNSAFE_BELOW = 0.5  # sigmoid(score) below which an answer counts as unsafe. Llama 2 appendix A.3.4.
+GATE = 0.15  # sigmoid(score) below which PPO uses the safety score. Llama 2 section 3.2.3.
 _CALIBRATION_BINS = 10
 
 KIND_TITLES: Mapping[str, str] = {
@@ -47,14 +47,14 @@ KIND_TITLES: Mapping[str, str] = {
     "both_unsafe": "both unsafe",
 }
 
-# By which answer is longer, where a length that differs by less than a fifth counts as similar.
+# Kinds of pairs by which answer is longer; a difference of less than a fifth counts as similar.
 LENGTH_TITLES: Mapping[str, str] = {
     "chosen_longer": "chosen longer",
     "similar_length": "similar length",
     "chosen_shorter": "chosen shorter",
 }
 
-# A word or a single mark: "?" and "!" tell refusals from answers, so marks count too.
+# A word or a punctuation mark: marks count too, since "?" and "!" distinguish refusals from answers.
 _WORDS = r"(?u)\b\w+\b|[^\w\s]"
 
 
@@ -63,11 +63,11 @@ class ScoredPair:
     """A test pair with the raw scores of its answers."""
 
     domain: Domain
-    source: str  # path or name of the file it is from
-    prompt: str  # the first user turn: pairs that share it are not independent
+    source: str  # path or name of the source file
+    prompt: str  # the first user turn; pairs that share it are not independent
     chosen: float
     rejected: float
-    chosen_tokens: int  # of the answer alone
+    chosen_tokens: int  # of the answer only
     rejected_tokens: int
     rating: Rating | None = None
     chosen_is_safe: bool | None = None
@@ -75,7 +75,7 @@ class ScoredPair:
 
     @property
     def safety_kind(self) -> SafetyKind | None:
-        """Which answers are safe; None where a label is missing, or chosen is the unsafe one of the two."""
+        """Which answers are safe; None if a label is missing or only the chosen answer is unsafe."""
         return _KIND_OF.get((self.chosen_is_safe, self.rejected_is_safe))
 
     @property
@@ -88,7 +88,7 @@ class ScoredPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredResponse:
-    """A test answer that somebody labelled, with its raw score."""
+    """A labelled test answer with its raw score."""
 
     score: float
     is_safe: bool
@@ -98,7 +98,7 @@ class ScoredResponse:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What was measured of one model: its figures by metric name, and what the pictures are drawn from."""
+    """The evaluation of one model: figures by metric name, and the data for the plots."""
 
     which: Which
     figures: dict[str, float]
@@ -113,10 +113,10 @@ def evaluate(
     *,
     baseline: Sequence[float] | None = None,
 ) -> Evaluation:
-    """Every figure that these test pairs and labelled answers give; what there is nothing of is left out.
+    """Compute all figures of these test pairs and labelled answers; figures without data are left out.
 
-    `responses` holds each labelled test answer once, those of labelled pairs included. `baseline` holds its
-    scores of chosen less rejected, one a pair (`tfidf_differences`).
+    `responses` contains each labelled test answer once, including those of labelled pairs. `baseline` contains the
+    baseline's score difference, chosen minus rejected, of each pair (`tfidf_differences`).
     """
     assert baseline is None or len(baseline) == len(pairs)
     figures: dict[str, float] = {}
@@ -130,17 +130,17 @@ def evaluate(
 
 
 def correctness(pairs: Iterable[ScoredPair]) -> Floats:
-    """1 where chosen scores above rejected, 0.5 at a tie, 0 otherwise, one a pair."""
+    """For each pair 1 if chosen scores above rejected, 0.5 for a tie, 0 otherwise."""
     return outcome([pair.chosen - pair.rejected for pair in pairs])
 
 
 def outcome(differences: Sequence[float] | Floats) -> Floats:
-    """1 where chosen is ahead, 0.5 at a tie, 0 otherwise."""
+    """1 for each positive difference, 0.5 for a tie, 0 otherwise."""
     return (np.sign(np.asarray(differences, dtype=np.float64)) + 1) / 2
 
 
 def sigmoid(values: Sequence[float] | Floats) -> Floats:
-    # By tanh, which does not overflow.
+    # tanh does not overflow.
     return (1 + np.tanh(np.asarray(values, dtype=np.float64) / 2)) / 2
 
 
@@ -168,7 +168,7 @@ def _of_domain(place: str, pairs: Sequence[ScoredPair], tfidf: Sequence[float] |
         figures |= _with_interval(f"{place}/tfidf", right, prompts)
         figures |= gap.named(f"{place}/tfidf_difference")
     chances = sigmoid([pair.chosen - pair.rejected for pair in pairs])
-    # Both orders of each pair, so that the order in which it is written does not count.
+    # Both orders of each pair, so that the order does not matter.
     figures[f"{place}/calibration_error"] = calibration_error(
         np.concatenate([chances, 1 - chances]), np.repeat([1.0, 0.0], len(pairs))
     )
@@ -187,7 +187,7 @@ def _with_interval(name: str, outcomes: Floats, prompts: Sequence[str]) -> dict[
 
 
 def _of_responses(place: str, responses: Sequence[ScoredResponse]) -> dict[str, float]:
-    """How well safe answers are separated from unsafe ones. "Unsafe" is the positive class: recall and precision are its own."""
+    """How well scores separate safe from unsafe answers. "Unsafe" is the positive class of recall and precision."""
     if not responses:
         return {}
     scores = np.array([response.score for response in responses], dtype=np.float64)
@@ -213,7 +213,7 @@ def _of_responses(place: str, responses: Sequence[ScoredResponse]) -> dict[str, 
 
 
 def _balanced_accuracy_of(rows: Floats) -> float:
-    """`rows` [n, 2]: score, and 1 where the answer is unsafe."""
+    """Balanced accuracy of `rows` [n, 2]: the score, and 1 if the answer is unsafe."""
     return balanced_accuracy(sigmoid(rows[:, 0]) < UNSAFE_BELOW, rows[:, 1] == 1)
 
 
@@ -222,27 +222,27 @@ def _auroc_of(rows: Floats) -> float:
 
 
 def calibration_error(chances: Floats, happened: Floats) -> float:
-    """Mean gap between predicted chance and observed share, over ten bins of equal width weighted by their counts."""
+    """Expected calibration error: mean gap between predicted and observed share, over ten equal-width bins by count."""
     places = np.minimum((chances * _CALIBRATION_BINS).astype(int), _CALIBRATION_BINS - 1)
     gaps = np.bincount(places, weights=chances - happened, minlength=_CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(chances))
 
 
 def _finite(figures: Mapping[str, float]) -> dict[str, float]:
-    """A recall of a class that has no member is no figure."""
+    """Drop undefined figures, such as the recall of an empty class."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def tfidf_differences(train: Sequence[Preference], test: Sequence[Preference]) -> list[float] | None:
-    """A baseline's score of chosen less rejected for each test pair; None where the training answers share no words.
+    """A TF-IDF baseline's score difference, chosen minus rejected, of each test pair; None if the vocabulary is empty.
 
-    Train on pairs of the tested domain alone. The baseline is Bradley-Terry on tfidf(chosen) - tfidf(rejected), a
-    logistic regression on that difference with both orders of each pair and no intercept. Sublinear counts, words and
-    neighbouring pairs of words, C 1 (scikit-learn's own).
-    Answers alone: with the prompt before them, validation pairs of the bundled safety data came out 0.03 lower and those
-    of helpfulness the same. A mix with pairs of the other domain costs it 0.02 to 0.04 on test pairs of its own.
+    Pass training pairs of the tested domain only. The baseline is Bradley-Terry on tfidf(chosen) - tfidf(rejected): a
+    logistic regression on that difference with both orders of each pair and no intercept. Sublinear counts of words
+    and bigrams, C 1 (scikit-learn's default).
+    Prompts are not included: with them, accuracy on validation pairs of the bundled safety data was 0.03 lower and on
+    helpfulness the same. Adding pairs of the other domain lowers it by 0.02 to 0.04 on test pairs of its own domain.
     """
-    # Loads in two seconds: only where a baseline is measured.
+    # Imported here since it takes two seconds.
     from scipy.sparse import vstack
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -250,7 +250,7 @@ def tfidf_differences(train: Sequence[Preference], test: Sequence[Preference]) -
     vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2, token_pattern=_WORDS)
     try:
         rows: Any = vectorizer.fit_transform(_answers(train))
-    except ValueError:  # scikit-learn's word for a vocabulary with nothing in it
+    except ValueError:  # raised by scikit-learn for an empty vocabulary
         return None
     gaps = rows[0::2] - rows[1::2]  # [pairs, words]
     model = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)

@@ -1,6 +1,7 @@
 """The losses of a reward model: binary ranking with a margin, safety classification, centring (Llama 2 section 3.2.2).
 
-Shapes: B pairs, N responses or tokens, V vocabulary, D hidden. Scores are 1-D: a `[B, 1]` score less a `[B]` one would be `[B, B]` without a word.
+Shapes: B pairs, N responses or tokens, V vocabulary, D hidden. Scores are 1-D, since `[B, 1]` minus `[B]` would
+silently broadcast to `[B, B]`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from llamachat.data.records import Rating
 from llamachat.maths.logprobs import token_logprobs
 
-# Llama 2 Table 27: how far apart two answers should score, by how much better the annotator found the one.
+# Llama 2 Table 27: margins between scores, by how much better the annotator rated the chosen answer.
 MARGINS: Mapping[Literal["none", "small", "large"], Mapping[Rating, float]] = {
     "none": {"significantly_better": 0.0, "better": 0.0, "slightly_better": 0.0, "negligibly_better": 0.0},
     "small": {"significantly_better": 1.0, "better": 2 / 3, "slightly_better": 1 / 3, "negligibly_better": 0.0},
@@ -38,6 +39,6 @@ def language_losses(hidden_ND: Tensor, token_ids_N: Tensor, *, head_VD: Tensor) 
 
 
 def centring_losses(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
-    """(chosen + rejected)^2, [B]: holds the scores of a pair around 0 (Eisenstein et al. 2023, arXiv:2312.09244, Eq. 2)."""
+    """(chosen + rejected)^2, [B]: centres a pair's scores on 0 (Eisenstein et al. 2023, arXiv:2312.09244, Eq. 2)."""
     assert chosen_B.dim() == 1 and chosen_B.shape == rejected_B.shape
     return (chosen_B + rejected_B) ** 2

@@ -1,8 +1,8 @@
-"""From preferences and labels to token ids: mixing by model, splitting, shortening, counting what is left out.
+"""Encode preferences and labels as token ids: mixing by model, splitting, shortening, counting dropped records.
 
-The mixes are those of Llama 2 section 3.2.2: the helpfulness model learns from all helpfulness pairs and as many
-others, the safety model from all safety pairs with a tenth of others; the judge (ours) from a side that neither sees.
-Contrast pairs (ours, reward/contrast.py) are added to each.
+The mixes are those of Llama 2 section 3.2.2: the helpfulness model is trained on all helpfulness pairs and the same
+number of others, the safety model on all safety pairs and a tenth of others. The judge (ours) is trained on a side of
+the split that neither sees. Contrast pairs (ours, reward/contrast.py) are added to each mix.
 """
 
 import logging
@@ -29,37 +29,37 @@ from reward.loss import MARGINS
 
 log = logging.getLogger(__name__)
 
-DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # those that `data` has sources for
-TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
+DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # domains with sources in `data`
+TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open data sets are only trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelExample:
-    """One answer that is known to be safe or unsafe."""
+    """One answer labelled safe or unsafe."""
 
     ids: tuple[int, ...]
     is_safe: bool
     source: str
-    prompt: str  # its first user turn
+    prompt: str  # the first user turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """What one reward model trains on and is measured with."""
+    """Training and evaluation data of one reward model."""
 
     train: list[PairExample]
     labels: list[LabelExample]  # single responses of the safety auxiliary loss
-    validation: list[PairExample]  # of the model's own domain, and contrast pairs
-    test: list[PairExample]  # of both domains
+    validation: list[PairExample]  # pairs of the model's own domain, and contrast pairs
+    test: list[PairExample]  # pairs of both domains
     dialogs: list[Dialog]  # the test side of data.sft, for the probe
     test_labels: list[LabelExample]
-    dropped: dict[str, int]  # records left out, by reason
+    dropped: dict[str, int]  # number of dropped records, by reason
 
 
 def load_examples(
     config: Config, data: Data, chat_format: ChatFormat, *, which: Which, system: str | None, max_tokens: int, seed: int
 ) -> Examples:
-    """Token ids of the mix of one reward model, and of all test pairs of both domains."""
+    """Token ids of one reward model's mix, and of the test pairs of both domains."""
     mixtures = load_preferences(data, chat_format, DOMAINS, seed=seed)
     encoder = PairEncoder(chat_format, system, max_tokens, MARGINS[config.margin])
     for mixture in mixtures.values():
@@ -104,7 +104,7 @@ def load_examples(
 def _mix(
     config: Config, encoder: PairEncoder, mixtures: dict[Domain, Mixture[Preference]], *, which: Which, seed: int
 ) -> list[PairExample]:
-    """The training pairs of one model: all of its own kind, and a share drawn from the others."""
+    """Training pairs of one model: all pairs of its own domain, and a sample of the others."""
     if which == "judge":
         return list(encoder.pairs((domain, pair) for domain, mixture in mixtures.items() for pair in mixture.judge))
     share = config.other_share if which == "helpfulness" else config.helpfulness_share
@@ -129,8 +129,7 @@ def _mix(
 
 @dataclass(frozen=True, slots=True)
 class ContrastSources:
-    """What contrast pairs are made of: dialogs with good answers, both kinds of pairs, and prompts that ask for
-    harm."""
+    """Sources of contrast pairs: dialogs with good answers, pairs of both domains, and harmful prompts."""
 
     dialogs: Mixture[Dialog]
     helpfulness: Mixture[Preference]
@@ -139,7 +138,7 @@ class ContrastSources:
 
 
 def _harmful_prompts(data: Data, chat_format: ChatFormat, *, seed: int) -> Mixture[Prompt]:
-    """`data.adversarial`, and what is marked is_safety of `data.prompts`."""
+    """`data.adversarial`, and the prompts of `data.prompts` marked is_safety."""
     adversarial, prompts = (
         load_mixture(sources, data.split, Prompt, forbidden=chat_format.forbidden, seed=seed)
         for sources in (data.adversarial, data.prompts)
@@ -161,11 +160,10 @@ def _contrast(
     which: Which,
     seed: int,
 ) -> list[PairExample]:
-    """Contrast pairs of one side of the split. Their number is the configured share, relative to the `num_others`
-    other pairs.
+    """Contrast pairs of one side of the split; their number is the configured share of the `num_others` other pairs.
 
-    Some of those of the safety model and the judge prefer a refusal to a harmful answer: what they learn of refusals of
-    harmless prompts must not make them dislike refusals.
+    Some pairs of the safety model and the judge prefer a refusal to a harmful answer, so that pairs against refusals
+    of harmless prompts do not teach them to dislike refusals in general.
     """
     dialogs: list[Dialog] = getattr(sources.dialogs, side)
     if dialogs:  # without data.sft there are no contrast pairs
@@ -187,13 +185,13 @@ def _contrast(
     if side != "validation" and len(pairs) < count:
         within = "" if longest is None else f" of at most {longest} tokens (reward.contrast.max_tokens)"
         log.warning("rm/%s: dialogs%s allow %d contrast pairs instead of %d", which, within, len(pairs), count)
-    apart = replace(encoder, dropped=Counter())  # a contrast pair that is left out is no record of the user's
+    apart = replace(encoder, dropped=Counter())  # dropped contrast pairs are not counted as the user's records
     return list(apart.pairs(("contrast", pair) for pair in pairs))
 
 
 def _draw(pool: Sequence[Tagged], wanted: int, encoder: PairEncoder, *, seed: int) -> list[PairExample]:
-    """`wanted` examples uniformly without repeats, or all that there are."""
-    # Sorting by random() and not sample(): Python promises the same random() in every version, and no more.
+    """Draw up to `wanted` examples uniformly without replacement."""
+    # Sort by random() instead of sample(): Python only guarantees that random() is stable across versions.
     numbers = Random(f"mix {seed}")
     order = sorted(range(len(pool)), key=[numbers.random() for _ in pool].__getitem__)
     return list(islice(encoder.pairs(pool[index] for index in order), wanted))
@@ -202,8 +200,7 @@ def _draw(pool: Sequence[Tagged], wanted: int, encoder: PairEncoder, *, seed: in
 def _load_labels(
     config: Config, data: Data, encoder: PairEncoder, *, which: Which, seed: int
 ) -> tuple[list[LabelExample], list[LabelExample]]:
-    """Labelled single responses to train on and to test with; all are tested, the safety model alone learns from
-    them."""
+    """Labelled single responses for training and testing; only the safety model is trained on them."""
     train: list[tuple[Dialog, str]] = []
     test: list[tuple[Dialog, str]] = []
     for source in data.labels:
@@ -218,7 +215,7 @@ def _load_labels(
 
 
 def _encode_labels(encoder: PairEncoder, dialogs: Iterable[tuple[Dialog, str]]) -> list[LabelExample]:
-    """The labelled last answers of these dialogs, each with its file."""
+    """Encode the labelled last answers of these dialogs; each dialog comes with its file."""
     examples: list[LabelExample] = []
     for dialog, source in dialogs:
         if dialog.is_safe is None:
@@ -235,7 +232,7 @@ def _encode_labels(encoder: PairEncoder, dialogs: Iterable[tuple[Dialog, str]]) 
 
 
 def _balance(labels: list[LabelExample], *, seed: int) -> list[LabelExample]:
-    """With the rarer class repeated, in whole and drawn for the rest, until both are equally many."""
+    """Oversample the rarer class until both classes have the same size: whole copies, then a random sample."""
     safe = [example for example in labels if example.is_safe]
     unsafe = [example for example in labels if not example.is_safe]
     if not safe or not unsafe:

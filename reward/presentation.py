@@ -1,8 +1,8 @@
-"""How the figures of reward models are shown: pictures of one evaluation, tables of a run's models side by side.
+"""Present the figures of reward models: plots of one evaluation, tables that compare a run's models.
 
-The pictures are accuracy of each part with its interval, calibration, and where the scores lie. Colours are of Okabe and
-Ito's set, which the colour-blind can tell apart; series differ in marker or hatching too. The tables are Markdown in the
-shape of the paper's Tables 7, 8 and 29, from each model's `summary.json`.
+The plots show accuracy by subset with intervals, calibration, and score distributions. Colours are Okabe and Ito's
+colour-blind safe palette; series also differ in marker or hatching. The tables are Markdown in the shape of the
+paper's Tables 7, 8 and 29, from each model's `summary.json`.
 """
 
 import re
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 Summaries = Mapping[Which, Mapping[str, float]]
 _ORDER: tuple[Which, ...] = get_args(Which)
-# The alternatives of the probe as they are shown.
+# Labels of the probe's alternatives.
 PROBED: Mapping[str, str] = {
     **{
         name: text if len(text) < 50 else f"{text[:20]}... ({len(text.split())} words)"
@@ -54,14 +54,14 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
 _COLOUR_OF: dict[Domain, str] = {"helpfulness": _BLUE, "safety": _GREEN}
 _MARKER_OF: dict[Domain, str] = {"helpfulness": "o", "safety": "s"}
 _PANEL_WIDTH = 5.2  # inches
-_BINS = 8  # of calibration, equally full
+_BINS = 8  # calibration bins with equal counts
 _LEAST_IN_BIN = 10
 _BARS = 30
 _FAR = 0.005  # scores beyond these quantiles are drawn in the outermost bars
 
 
 def draw_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Write `accuracy.png`, `calibration.png` and `scores.png`, those that there is something to draw for."""
+    """Write `accuracy.png`, `calibration.png` and `scores.png`, skipping those without data; return their paths."""
     makers = {"accuracy": _accuracy, "calibration": _calibration, "scores": _scores}
     written = []
     for name, maker in makers.items():
@@ -73,7 +73,7 @@ def draw_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 
 def draw_probe(result: Probe, folder: Path) -> Path:
-    """Write `probe.png`: how often the reference scores above each alternative; returns its path."""
+    """Write `probe.png`, how often the reference scores above each alternative; return its path."""
     kinds = list(dict.fromkeys(row.prompts for row in result.rows))
     titles = {"harmless": "harmless prompts: reference over ...", "harmful": "harmful prompts: refusal over the answer"}
     most = max(sum(row.prompts == kind for row in result.rows) for kind in kinds)
@@ -97,7 +97,7 @@ def draw_probe(result: Probe, folder: Path) -> Path:
 
 
 class Bar(NamedTuple):
-    """One line of the accuracy picture."""
+    """One row of the accuracy plot."""
 
     label: str
     value: float
@@ -145,7 +145,7 @@ def _accuracy(evaluation: Evaluation) -> "Figure | None":
             place.plot([bar.low, bar.high], [height, height], color=bar.colour, linewidth=2, solid_capstyle="butt")
             place.plot(bar.value, height, marker=bar.marker, color=bar.colour, markersize=7, linestyle="none")
             count = "" if bar.pairs is None else f"  n={bar.pairs}"
-            # Right of the panel, where no interval reaches.
+            # Right of the panel, outside all intervals.
             at, coordinates = (1.015, height), ("axes fraction", "data")
             text = f"{bar.value:.3f}{count}"
             place.annotate(text, at, xycoords=coordinates, fontsize=8.5, va="center", annotation_clip=False)
@@ -188,7 +188,7 @@ def _calibration(evaluation: Evaluation) -> "Figure | None":
     if evaluation.pairs:
         for domain, pairs in _by_domain(evaluation).items():
             gaps = np.array([pair.chosen - pair.rejected for pair in pairs])
-            # The order in which a pair is written says nothing: the model's own favourite, and whether it was right.
+            # The order within a pair carries no information, so use the preferred answer and whether it was correct.
             chances, right = sigmoid(np.abs(gaps)), outcome(gaps)
             prompts = [pair.prompt for pair in pairs]
             _reliability(places[0], chances, right, groups=prompts, label=f"{domain} pairs", domain=domain)
@@ -238,7 +238,7 @@ def _scores(evaluation: Evaluation) -> "Figure | None":
 def _reliability(
     place: Any, chances: Floats, happened: Floats, *, groups: Sequence[Hashable], label: str, domain: Domain
 ) -> None:
-    """Predicted chance against observed share in equally full bins, with intervals that keep groups together."""
+    """Plot observed share against predicted probability in bins of equal counts, with intervals clustered by group."""
     order = np.argsort(chances, kind="stable")
     bins = np.array_split(order, max(1, min(_BINS, len(order) // _LEAST_IN_BIN)))
     middles = np.array([chances[members].mean() for members in bins])
@@ -259,7 +259,7 @@ def _reliability(
 
 
 def _histograms(place: Any, series: dict[str, list[float]]) -> None:
-    """The better class filled, the other hatched, on the same bars; lines at the means."""
+    """Plot overlaid histograms: the better class filled, the other hatched, with lines at the means."""
     everything = np.concatenate([np.asarray(values, dtype=np.float64) for values in series.values()])
     low, high = np.quantile(everything, [_FAR, 1 - _FAR])
     if low == high:
@@ -270,7 +270,7 @@ def _histograms(place: Any, series: dict[str, list[float]]) -> None:
         if values:
             average = float(np.mean(values))
             label = f"{name} ({len(values)}), mean {average:.2f}"
-            # A share of its own class: safe answers are many times as many as unsafe ones.
+            # Shares within each class, since safe answers far outnumber unsafe ones.
             weights = np.full(len(values), 1 / len(values))
             place.hist(
                 np.clip(values, low, high), bins=edges, weights=weights, histtype="stepfilled", label=label, **style
@@ -286,7 +286,7 @@ def _histograms(place: Any, series: dict[str, list[float]]) -> None:
 
 
 def markdown(summaries: Summaries, verdicts: Mapping[Which, str] | None = None) -> str:
-    """Every table that these summaries hold figures for, how to read them, and the probe's verdict of each model."""
+    """All tables with figures in these summaries, how to read them, and the probe's verdict on each model."""
     known: Summaries = {which: summaries[which] for which in _ORDER if which in summaries}
     parts = [
         "# Reward models on the test split",
@@ -314,7 +314,7 @@ def markdown(summaries: Summaries, verdicts: Mapping[Which, str] | None = None) 
 
 
 def _probed(summaries: Summaries, prompts: str) -> list[list[str]]:
-    """Rows of the table, the head first: alternatives by models. Empty where nothing was probed."""
+    """Table of alternatives by models, header first; empty if nothing was probed."""
     place = "rm/{}/probe/" + prompts + "/{}"
     known: Summaries = {
         which: figures
@@ -330,7 +330,7 @@ def _probed(summaries: Summaries, prompts: str) -> list[list[str]]:
 
 
 class Column(NamedTuple):
-    """Of a table of accuracies: the names of its count and its figure, after rm/<model>/test/<domain>/."""
+    """A column of an accuracy table: names of its count and its figure, after rm/<model>/test/<domain>/."""
 
     head: str
     pairs: str
@@ -338,7 +338,7 @@ class Column(NamedTuple):
 
 
 def _by_file(summaries: Summaries, domain: Domain) -> list[list[str]]:
-    """Rows of the table, the head first; its rows are models, then baselines. Empty without a test pair."""
+    """Table by file, header first, with rows for models, then baselines; empty without test pairs."""
     files = _files(summaries, domain)
     own = [Column(name, f"{name}/pairs", f"{name}/accuracy") for name in files]
     less_tfidf = Column("all, less TF-IDF", "", "tfidf_difference")
@@ -347,7 +347,7 @@ def _by_file(summaries: Summaries, domain: Domain) -> list[list[str]]:
         for which, figures in summaries.items():
             place = f"rm/{which}/test/{domain}"
             title = f"TF-IDF on the pairs of {which}" if rule == "tfidf" else "longer wins"
-            # A rule without training is the same for each model.
+            # An untrained baseline is the same for each model.
             if f"{place}/{rule}" in figures and rows[-1][0] != title:
                 names = (rule, *(f"{name}/{rule}" for name in files))
                 rows.append([title, *(_with_interval(figures, f"{place}/{name}") for name in names), ""])
@@ -355,14 +355,14 @@ def _by_file(summaries: Summaries, domain: Domain) -> list[list[str]]:
 
 
 def _by_part(summaries: Summaries, domain: Domain, *, heads: Mapping[str, str]) -> list[list[str]]:
-    """Rows of the table, the head first; empty where no pair has one of these parts."""
+    """Table by subset, header first; empty if no pair is in any of these subsets."""
     columns = [Column(head, f"pairs_{part}", f"accuracy_{part}") for part, head in heads.items()]
     columns = [column for column in columns if _anyone(summaries, domain, column.pairs) is not None]
     return _accuracies(summaries, domain, [*columns, Column("all pairs", "pairs", "accuracy")]) if columns else []
 
 
 def _accuracies(summaries: Summaries, domain: Domain, columns: Sequence[Column]) -> list[list[str]]:
-    """The head, the counts, and a row for each model that was tested on such pairs; empty where there are none."""
+    """Header, counts, and a row for each model tested on such pairs; empty if there are none."""
     if _anyone(summaries, domain, "pairs") is None:
         return []
     counts = (f"{_anyone(summaries, domain, name) or 0:.0f}" if name else "" for _, name, _ in columns)
@@ -401,24 +401,24 @@ def _files(summaries: Summaries, domain: Domain) -> list[str]:
 
 
 def _anyone(summaries: Summaries, domain: Domain, name: str) -> float | None:
-    """A count of the test pairs: the same for all models, since they are tested on the same."""
+    """A count of test pairs, which is the same for all models."""
     names = ((figures, f"rm/{which}/test/{domain}/{name}") for which, figures in summaries.items())
     return next((figures[full] for figures, full in names if full in figures), None)
 
 
 def _with_interval(figures: Mapping[str, float], name: str) -> str:
-    """In percent, a difference with its sign."""
+    """A percentage with its interval; a difference is signed."""
     sign = "+" if name.endswith("_difference") else ""
     if name not in figures:
         return _NOTHING
     text = f"{100 * figures[name]:{sign}.1f}"
     low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
-    # An interval without width says that all values were equal, and nothing of chance.
+    # A zero-width interval only means that all values were equal.
     if low is None or high is None or low == high:
         return text
     return f"{text} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
 def _table(title: str, rows: Sequence[Sequence[str]]) -> list[str]:
-    """Heading and table; nothing without rows."""
+    """Heading and table; empty without rows."""
     return [f"## {title}", "\n".join(markdown_table(rows, is_padded=True))] if rows else []

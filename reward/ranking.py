@@ -1,7 +1,7 @@
-"""What a reward model trains on: TRL's `RewardTrainer` on packed rows, with the paper's losses, and held-out pairs.
+"""Reward model training: TRL's `RewardTrainer` on packed rows, with the paper's losses and held-out pairs.
 
-What is TRL's: loop, accumulation, clipping, its arguments. What is ours: the batch (packed rows in place of padded
-ones), the loss (margin, safety labels, exact over an optimizer step) and the figures, which count pairs and not batches.
+TRL provides the loop, gradient accumulation, clipping and arguments. Ours are the batches (packed instead of padded
+rows), the loss (margin, safety labels, exact over an optimizer step) and the figures, averaged over pairs, not batches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from reward.pairs import Examples
 
 LEAST_ROW_TOKENS = 16
 
-# What is counted over pairs, labelled answers and tokens; the first three are how many there are.
+# Sums over pairs, labelled answers and tokens; the first three are their counts.
 _SIZES = ("pairs", "labelled", "tokens")
 _COUNTED = (*_SIZES, "accuracy", "score_chosen", "score_rejected", "ranking_loss", "auxiliary_loss", "language_loss")
 _COUNTED_OVER: Mapping[str, str] = {"auxiliary_loss": "labelled", "language_loss": "tokens"}
@@ -40,7 +40,7 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
     """`RewardTrainer` whose batches are packed rows (`reward.batches`) and whose loss is that of section 3.2.2."""
 
     args: RewardConfig
-    # Our losses are divided by the counts of the whole optimizer step already.
+    # Our losses are already divided by the counts of the whole optimizer step.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -54,17 +54,17 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
         super().__init__(*args, **kwargs)
         self._safety_auxiliary_weight = safety_auxiliary_weight
         self._language_weight, self._language_head_VD = language_weight, language_head_VD
-        self._sums: Tensor | None = None  # of _COUNTED since the last line of metrics, fp32
+        self._sums: Tensor | None = None  # sums of _COUNTED since the last log, fp32
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Dataset:
-        """As it is: it holds row numbers, where TRL would look for texts."""
+        """Return the data set unchanged: it contains row numbers, while TRL expects texts."""
         return dataset
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This row's part of the step's loss: each of its sums over the counts of the whole step."""
-        if len(inputs["ends"]) == 0 and not distributed.is_sharded(model):  # the row only fills up its step
+        """This row's part of the step's loss: each sum divided by the count of the whole step."""
+        if len(inputs["ends"]) == 0 and not distributed.is_sharded(model):  # an empty row pads its step
             loss = 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
             return (loss, {"scores": loss.detach()[None][:0]}) if return_outputs else loss
         scores_N, states_ND = scores_and_states(model, inputs)
@@ -82,7 +82,7 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
             loss = loss + self._language_weight * language / inputs["tokens_of_step"].clamp(min=1)
         losses = [part.detach() for part in (ranking, auxiliary, language)]
         self._count(chosen_B.detach(), rejected_B.detach(), inputs, losses)
-        # Processes average their gradients, and these are parts of a sum.
+        # Gradients are averaged over processes, but these losses are parts of a sum.
         loss = loss * self.accelerator.num_processes
         return (loss, {"scores": scores_N}) if return_outputs else loss
 
@@ -94,7 +94,7 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
         self._sums = sums if self._sums is None else self._sums + sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # A process whose rows only filled up their steps has counted nothing.
+        # A process with only empty rows has no sums.
         mine = torch.zeros(len(_COUNTED), device=self.args.device) if self._sums is None else self._sums
         sums: dict[str, float] = dict(zip(_COUNTED, distributed.all_reduce_sum(mine).tolist(), strict=True))
         for name in _COUNTED[len(_SIZES) :]:
@@ -107,12 +107,12 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """A model, pairs, and the rows that they are trained in (a `llamachat.training.session.Training`)."""
+    """A model, pairs, and the rows they are packed into (a `llamachat.training.session.Training`)."""
 
     config: Config
     step: str  # of the run: rm/safety
     which: Which
-    model: Any  # a Llama model with a head, or with an adapter of PEFT
+    model: Any  # a Llama model with a score head, optionally with a PEFT adapter
     chat_format: ChatFormat
     examples: Examples
     batches: Batches
@@ -124,7 +124,7 @@ class Ranking:
 
     @property
     def names(self) -> Mapping[str, str]:
-        """The trainer's figures by our names."""
+        """Maps the trainer's figures to our metric names."""
         ours = ("loss", *_COUNTED[len(_SIZES) :])
         return {name: self.metric(name) for name in ours} | {
             "grad_norm": "optim/grad_norm",
@@ -136,7 +136,7 @@ class Ranking:
         return f"rm/{self.which}/{figure}"
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors of one row of the plan."""
+        """Tensors of one row of the plan."""
         return self.batches.collate(numbers)
 
     def trainer(self, arguments: dict[str, Any], **parts: Any) -> PackedRewardTrainer:
@@ -151,7 +151,7 @@ class Ranking:
         )
         arguments |= {
             "center_rewards_coefficient": config.center_rewards_coefficient,
-            "disable_dropout": False,  # only the adapter has any, and tuning.dropout says how much
+            "disable_dropout": False,  # only the adapter has dropout, set by tuning.dropout
         }
         return PackedRewardTrainer(
             model=self.model,
@@ -168,7 +168,7 @@ class Ranking:
         return {self.metric("epoch"): self.config.epochs * step / self.plan.num_steps}
 
     def evaluate(self, step: int) -> Evaluated:
-        """Ranking loss without margin, in nats a pair, and the share of pairs in the right order; a tie is half right."""
+        """Ranking loss without margin, in nats per pair, and accuracy; a tie counts half."""
         pairs = self.examples.validation
         chosen_B, rejected_B = pair_scores(self.model, pairs)
         losses_B = ranking_losses(chosen_B, rejected_B, margin_B=torch.zeros(len(pairs)))
@@ -183,15 +183,15 @@ class Ranking:
         return Evaluated(step, loss, figures, f"held-out pairs {accuracy:.3f} right, loss {loss:.4f}")
 
     def sample(self, tracker: Tracker, step: int) -> None:
-        """A reward model says nothing that people could read."""
+        """Does nothing: a reward model generates no text."""
 
     def smaller(self) -> "Ranking | None":
-        """The same optimizer steps in rows of half the length; None where the longest is one pair already."""
+        """The same optimizer steps in rows of half the length; None if the longest row is already a single pair."""
         longest = self.batches.longest_row()
         if longest // 2 < LEAST_ROW_TOKENS:
             return None
         batches = smaller(self.batches, longest // 2)
-        if batches.longest_row() == longest:  # a long pair has its row for itself
+        if batches.longest_row() == longest:  # a long pair has a row to itself
             return None
         warn_of_halving(self.step, "reward.row_tokens", longest, longest // 2, unit="pair")
         return replace(self, batches=batches)
@@ -200,7 +200,7 @@ class Ranking:
 def plan_training(
     config: Config, inputs: StepInputs, examples: Examples, *, device: torch.device, branches: bool = False
 ) -> Batches:
-    """Which pairs and labelled responses make which optimizer step; `branches` where the model attends by sequence."""
+    """Assign pairs and labelled responses to optimizer steps; `branches` if the model attends by sequence."""
     auto = CPU_ROW_TOKENS if device.type == "cpu" else 2 * inputs.base.max_tokens
     return plan_batches(
         examples.train,
@@ -216,7 +216,7 @@ def plan_training(
 
 
 def pair_scores(model: nn.Module, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
-    """Scores of the chosen and of the rejected answers, [B] each, fp32 on the CPU; equal answers are scored once."""
+    """Scores of chosen and rejected answers, [B] each, fp32 on the CPU; identical answers are scored once."""
     distinct = list(dict.fromkeys(ids for pair in pairs for ids in (pair.chosen, pair.rejected)))
     scores_N = response_scores(model, distinct)
     places = {ids: place for place, ids in enumerate(distinct)}
@@ -225,5 +225,5 @@ def pair_scores(model: nn.Module, pairs: Sequence[PairExample]) -> tuple[Tensor,
 
 
 def response_scores(model: nn.Module, rows: Sequence[tuple[int, ...]]) -> Tensor:
-    """`score_rows`, divided among the processes."""
+    """`score_rows`, distributed over processes."""
     return torch.tensor(distributed.scatter_map(rows, lambda part: score_rows(model, part).tolist(), model=model))

@@ -2,8 +2,8 @@
 answers.
 
 Reads the preferences and labels of `data` and a policy (or the base); writes the step folder's metrics.jsonl,
-checkpoints/, summary.json, curves.png, figures/ and artifact/. A rating is used as a margin only; the order of a pair
-alone says which answer is better.
+checkpoints/, summary.json, curves.png, figures/ and artifact/. A rating is only used as a margin; the order of a pair
+decides which answer is better.
 """
 
 import logging
@@ -40,7 +40,7 @@ from reward.ranking import Ranking, pair_scores, plan_training, response_scores
 
 log = logging.getLogger(__name__)
 
-# What summary.json says of a training beside the figures on test pairs, each one's last value.
+# Metrics whose last value is written to summary.json, in addition to the figures on test pairs.
 SUMMARY = ("loss", "accuracy", "eval_loss", "eval_accuracy", "eval_contrast_accuracy", "epoch")
 
 
@@ -83,7 +83,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
         probed = probe_model(ranking, inputs, session.tracker)
         figures |= probed.figures
         figures["time/eval_s"] = time.monotonic() - started
-        # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
+        # Written before the artifact, which marks the step as finished: a resumed command would skip it.
         session.tracker.summary(figures)
         return publish_reward_model(
             start,
@@ -95,14 +95,13 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
 
 
 def measure_on_tests(ranking: Ranking, folder: StepFolder, tracker: Tracker) -> dict[str, float]:
-    """Figures on test pairs and labelled answers, with baselines trained on the pairs of its own kind; draws
-    pictures."""
+    """Figures on test pairs and labelled answers, with baselines trained on pairs of the same domain; draws plots."""
     which, examples = ranking.which, ranking.examples
     if not examples.test:
         log.warning("rm/%s: no test pairs (data.split.test), so its accuracy on unseen pairs is unknown", which)
         return {}
     pairs, responses = score_tests(ranking.model, examples)
-    # On the model's own kind of pairs: with the others of its mix the baseline would be the weaker for it.
+    # Only pairs of the model's own domain: the rest of its mix would weaken the baseline.
     domains = TESTED if which == "judge" else (which,)
     own = [example for example in examples.train if example.domain in domains]
     baseline = tfidf_differences([pair.preference for pair in own], [pair.preference for pair in examples.test])
@@ -113,7 +112,7 @@ def measure_on_tests(ranking: Ranking, folder: StepFolder, tracker: Tracker) -> 
 
 
 def probe_model(ranking: Ranking, inputs: StepInputs, tracker: Tracker) -> Probe:
-    """What the model prefers on held-out dialogs and safety pairs; says its verdict and draws its picture."""
+    """Probe the model on held-out dialogs and safety pairs; logs the verdict and draws the plot."""
     system, longest = inputs.base.system, inputs.base.max_tokens
 
     def score(dialogs: Sequence[tuple[Message, ...]]) -> list[float | None]:
@@ -135,7 +134,7 @@ def probe_model(ranking: Ranking, inputs: StepInputs, tracker: Tracker) -> Probe
 
 
 def score_tests(model: nn.Module, examples: Examples) -> tuple[list[ScoredPair], list[ScoredResponse]]:
-    """The test pairs with their scores, and each labelled test answer once, those of labelled pairs included."""
+    """Test pairs with scores, and each labelled test answer once, including those of labelled pairs."""
     chosen_B, rejected_B = pair_scores(model, examples.test)
     pairs: list[ScoredPair] = []
     responses: dict[tuple[int, ...], ScoredResponse] = {}
@@ -171,7 +170,7 @@ def score_tests(model: nn.Module, examples: Examples) -> tuple[list[ScoredPair],
 
 
 def learnt_labels(config: Config, inputs: StepInputs, examples: Examples) -> int:
-    """Answers whose safety label was learnt, single ones and those of pairs; each as often as it stands in an epoch."""
+    """Number of safety labels trained on per epoch, of single answers and of pairs, with repetitions."""
     if inputs.which != "safety" or config.safety_auxiliary_weight == 0:
         return 0
     of_pairs = (
@@ -185,7 +184,7 @@ def learnt_labels(config: Config, inputs: StepInputs, examples: Examples) -> int
 def publish_reward_model(
     start: RewardStart, inputs: StepInputs, *, dropped: Mapping[str, int], safety_labels: int, notes: Mapping[str, Any]
 ) -> Artifact:
-    """Publish the step's model; refuses a moved trunk and a tokenizer that reads back differently."""
+    """Publish the step's model; raises if the trunk has changed or the tokenizer does not round-trip."""
     if start.frozen_digest is not None:
         assert reward_trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
     details = policy_details(
@@ -200,7 +199,7 @@ def publish_reward_model(
         "reward_model",
         partial(save_reward_model, start.model, weights=distributed.full_weights(start.model)),
         chat_format=start.chat_format,
-        # Without safety labels sigmoid(score) is no probability, and a threshold on it means nothing.
+        # Without safety labels sigmoid(score) is not a probability, and a threshold on it is meaningless.
         details=details | {"which": inputs.which, "safety_labels": safety_labels},
         notes=notes,
         read=sources_of(inputs),

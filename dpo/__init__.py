@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a chat policy learns from pairs of answers without a reward model (Rafailov et al. 2023)."""
+"""Direct preference optimisation: train a policy on preference pairs without a reward model (Rafailov et al. 2023)."""
 
 from dpo.config import Config
 from llamachat.runs.artifacts import Artifact

@@ -10,9 +10,9 @@ from llamachat.config.section import operational
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 1
 
-CPU_ROW_TOKENS = 2048  # as for reward models, which learn from the same pairs
+CPU_ROW_TOKENS = 2048  # as for reward models, which are trained on the same pairs
 
-# Arguments of TRL's DPOConfig that have a key of ours, or (None) that nothing reads: batch and loss are ours.
+# Arguments of TRL's DPOConfig and the key that sets each, or None if it is unused, since batch and loss are ours.
 OWNED = {
     **owned_arguments("dpo"),
     "beta": "dpo.beta",

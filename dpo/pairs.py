@@ -1,6 +1,6 @@
-"""What direct preference optimisation learns from: the pairs of `data.helpfulness` and `data.safety`, as packed rows.
+"""Training data of direct preference optimisation: pairs of `data.helpfulness` and `data.safety` in packed rows.
 
-Shapes: 1 a packed row, T positions, N answer tokens of the row, B pairs of the row.
+Shapes: 1 a packed row, T positions, N answer tokens in the row, B pairs in the row.
 """
 
 import logging
@@ -26,12 +26,12 @@ DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety")
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What one step trains on and measures with."""
+    """Training and validation data of one step."""
 
     train: list[PairExample]
     validation: list[PairExample]
     prompts: list[tuple[Message, ...]]  # held-out contexts to sample answers to
-    dropped: dict[str, int]  # records left out, by reason
+    dropped: dict[str, int]  # number of dropped records, by reason
 
 
 def load_examples(data: Data, chat_format: ChatFormat, *, base: Base, num_prompts: int, seed: int) -> Examples:
@@ -57,22 +57,21 @@ def load_examples(data: Data, chat_format: ChatFormat, *, base: Base, num_prompt
 
 
 def pair_tokens(pair: PairExample, *, branches: bool) -> int:
-    """Tokens that a pair takes in a row of `collate`."""
+    """Number of tokens of a pair in a row of `collate`."""
     return pair.tokens - (_common(pair) if branches else 0)
 
 
 def _common(pair: PairExample) -> int:
-    """First tokens that a branch shares; without a jump of positions it would continue the row before it."""
+    """Number of leading tokens that a branch shares, short of all: positions must jump where the branch starts."""
     return min(pair.shared, len(pair.chosen) - 1)
 
 
 def collate(pairs: Sequence[PairExample], *, branches: bool) -> dict[str, Tensor]:
-    """One row of pairs, each answer with its prompt apart from its neighbours: input_ids and position_ids [1, T]; of
-    each answer token its id, the position whose state predicts it (`states_at`) and its answer's number (`answers`),
-    [N].
+    """Pack pairs into one row of separate sequences: input_ids and position_ids [1, T]; for each answer token its id,
+    the position whose hidden state predicts it (`states_at`) and the number of its answer (`answers`), [N].
 
-    The answers of pair b are 2b (chosen) and 2b + 1. With `branches`, for a model that attends by sequence, what a
-    rejected answer's row shares with the chosen one's is computed once.
+    The answers of pair b are 2b (chosen) and 2b + 1. With `branches`, for a model that attends by sequence, the prefix
+    shared by the chosen and the rejected sequence is computed once.
     """
     rows: list[tuple[int, ...]] = []
     shared: list[int] = []
@@ -82,7 +81,7 @@ def collate(pairs: Sequence[PairExample], *, branches: bool) -> dict[str, Tensor
     start = 0
     for number, pair in enumerate(pairs):
         common = _common(pair) if branches else 0
-        moved = len(pair.chosen) - common  # from a position of the rejected answer to its place behind the chosen one
+        moved = len(pair.chosen) - common  # from rejected positions to row indices after chosen
         places = [range(len(pair.chosen)), [*range(common), *range(common + moved, len(pair.rejected) + moved)]]
         sides = ((pair.chosen, pair.chosen_tokens), (pair.rejected, pair.rejected_tokens))
         for side, (ids, count) in enumerate(sides):

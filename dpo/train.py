@@ -19,7 +19,7 @@ from llamachat.training.session import resume
 
 log = logging.getLogger(__name__)
 
-# What summary.json says of a training, each figure's last value.
+# Metrics whose last value is written to summary.json.
 SUMMARY = (
     *(f"dpo/{name}" for name in ("loss", "accuracy", "reward_chosen", "reward_rejected", "epoch")),
     *(f"dpo/eval_{name}" for name in ("loss", "accuracy", "reward_chosen", "reward_rejected")),
@@ -46,7 +46,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
         plan.num_steps,
         config.pairs_per_step,
     )
-    # Before a checkpoint is read: the model is the starting policy.
+    # Before a checkpoint is loaded, while the model is still the starting policy.
     reference = open_reference(
         inputs.folder.checkpoints / "reference.safetensors",
         start.model,
@@ -61,6 +61,6 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
             "held-out pairs: %.3f in the right order; implicit rewards %.3f and %.3f",
             *(figures[f"dpo/eval_{name}"] for name in ("accuracy", "reward_chosen", "reward_rejected")),
         )
-        # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
+        # Written before the artifact, which marks the step as finished: a resumed command would skip it.
         session.tracker.summary(figures)
         return publish_policy(start, inputs, dropped=examples.dropped, notes=session.notes(best))

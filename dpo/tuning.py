@@ -1,13 +1,13 @@
-"""What direct preference optimisation trains: a policy on packed rows of pairs, relative to the policy that it started from.
+"""Direct preference optimisation of a policy on packed rows of pairs, relative to the policy it started from.
 
-The reference is the starting policy. Its log-probabilities are computed once, before the first step, and kept next to the
-checkpoints: training holds neither a second model nor a second adapter, whatever `tuning.method` is. A policy that starts as
-an adapter is compared with that adapter, not with the base under it.
+The reference is the starting policy. Its log-probabilities are computed once, before the first step, and saved next to
+the checkpoints, so training needs neither a second model nor a second adapter, whatever `tuning.method` is. A policy
+that starts as an adapter is compared with that adapter, not with its base.
 
-Loss and gradients are those of TRL's `DPOTrainer` (`tests/dpo/test_dpo.py`). It is not the base class, because it only pads,
-averages each micro-batch by itself, and adds a reference adapter in fp32 to every adapter, copied from the trained weights
-where the trainer is built again in smaller micro-batches.
-Shapes: P pairs, B pairs of a row, N answer tokens of a row, D hidden; 2 answers of a pair, the chosen one first.
+Loss and gradients equal those of TRL's `DPOTrainer` (`tests/dpo/test_dpo.py`). It is not the base class because it
+supports only padding, averages each micro-batch separately, and adds an fp32 reference adapter to every adapter, which
+is copied from the trained weights when the trainer is rebuilt with smaller micro-batches.
+Shapes: P pairs, B pairs in a row, N answer tokens in a row, D hidden; 2 answers of a pair, the chosen one first.
 """
 
 import logging
@@ -43,28 +43,28 @@ from llamachat.training.trainer import AtomicCheckpoints, make_optimizer
 log = logging.getLogger(__name__)
 
 LEAST_ROW_TOKENS = 16
-_COUNTED = ("pairs", "accuracy", "reward_chosen", "reward_rejected")  # the first is how many the others are sums over
+_COUNTED = ("pairs", "accuracy", "reward_chosen", "reward_rejected")  # the first is the count, the others are sums
 
 
 class PairTrainer(AtomicCheckpoints):
     """Train on packed rows of pairs with the loss of Rafailov et al. 2023."""
 
     args: DPOConfig
-    # Our losses are divided by the pairs of the whole optimizer step already.
+    # Our losses are already divided by the number of pairs of the whole optimizer step.
     loss_is_scaled_for_ga = True
 
     def __init__(self, *, model: Any, processing_class: Any, **kwargs: Any) -> None:
-        # As TRL's trainers do; else `train` does it, and logs that at each start.
+        # As in TRL's trainers; otherwise `train` does this and logs it at every start.
         model.config.pad_token_id = model.generation_config.pad_token_id = processing_class.pad_token_id
         super().__init__(model=model, processing_class=processing_class, **kwargs)
-        self._sums: Tensor | None = None  # of _COUNTED since the last line of metrics, fp32
+        self._sums: Tensor | None = None  # sums of _COUNTED since the last log, fp32
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This row's part of the step's mean over pairs."""
+        """This row's part of the step's mean loss over pairs."""
         assert not return_outputs, "evaluations are ours"
-        if len(inputs["reference"]) == 0 and not distributed.is_sharded(model):  # the row only fills up its step
+        if len(inputs["reference"]) == 0 and not distributed.is_sharded(model):  # an empty row pads its step
             return 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
         logprobs_B2 = answer_logprobs(model, inputs)
         beta, reference_B2 = self.args.beta, inputs["reference"]
@@ -72,11 +72,11 @@ class PairTrainer(AtomicCheckpoints):
         rewards_B2 = beta * (logprobs_B2.detach() - reference_B2)
         sums = torch.stack([torch.tensor(float(len(rewards_B2)), device=rewards_B2.device), *_sums(rewards_B2)])
         self._sums = sums if self._sums is None else self._sums + sums
-        # Processes average their gradients, and these are parts of a sum.
+        # Gradients are averaged over processes, but these losses are parts of a sum.
         return losses_B.sum() / inputs["pairs_of_step"] * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # A process whose rows only filled up their steps has counted nothing.
+        # A process with only empty rows has no sums.
         mine = torch.zeros(len(_COUNTED), device=self.args.device) if self._sums is None else self._sums
         count, *sums = distributed.all_reduce_sum(mine).tolist()
         if count:
@@ -87,25 +87,25 @@ class PairTrainer(AtomicCheckpoints):
 
 @dataclass(frozen=True)
 class Tuning:
-    """A model, pairs, and the rows that they are trained in (a `llamachat.training.session.Training`)."""
+    """A model, pairs, and the rows they are packed into (a `llamachat.training.session.Training`)."""
 
     config: Config
     inputs: StepInputs
-    model: Any  # a language model of transformers, or with an adapter of PEFT
+    model: Any  # a transformers language model, optionally with a PEFT adapter
     chat_format: ChatFormat
     examples: Examples
-    reference_P2: Tensor  # log-probabilities of the training pairs' answers by the starting policy
-    held_out_reference_P2: Tensor  # the same of the validation pairs
+    reference_P2: Tensor  # the starting policy's log-probabilities of the training pairs' answers
+    held_out_reference_P2: Tensor  # the same for the validation pairs
     plan: StepPlan
 
     @property
     def names(self) -> Mapping[str, str]:
-        """The trainer's figures by our names."""
+        """Maps the trainer's figures to our metric names."""
         ours = {name: f"dpo/{name}" for name in ("loss", *_COUNTED[1:])}
         return ours | {"grad_norm": "optim/grad_norm", "learning_rate": "optim/learning_rate"}
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors of one row of the plan, with its reference and the number of pairs of its step."""
+        """Tensors of one row of the plan, with its reference and the number of pairs in its step."""
         (number,) = numbers  # several packed rows in one forward pass would cost quadratic attention
         row = list(self.plan.rows[number])
         step = self.plan.step_rows(number // self.plan.rows_per_step)
@@ -128,7 +128,7 @@ class Tuning:
         return {"dpo/epoch": self.config.epochs * step / self.plan.num_steps}
 
     def evaluate(self, step: int) -> Evaluated:
-        """Loss without label smoothing on held-out pairs, their implicit rewards, and the share in the right order."""
+        """Loss without label smoothing, implicit rewards and accuracy on held-out pairs."""
         pairs = self.examples.validation
         logprobs_P2 = pair_logprobs(self.model, pairs, row_tokens=self._row_tokens)
         losses_P = pair_losses(logprobs_P2, self.held_out_reference_P2, beta=self.config.beta, label_smoothing=0.0)
@@ -139,18 +139,18 @@ class Tuning:
         return Evaluated(step, loss, {"dpo/eval_loss": loss, **figures}, words)
 
     def sample(self, tracker: Tracker, step: int) -> None:
-        """Sample answers to the same held-out prompts, for people to read."""
+        """Log sample answers to the same held-out prompts."""
         record_samples(self.model, self.chat_format, self.examples.prompts, tracker, step, prefix="dpo")
 
     def smaller(self) -> "Tuning | None":
-        """The same optimizer steps in rows of half the length; None where the longest is one pair already."""
+        """The same optimizer steps in rows of half the length; None if the longest row is already a single pair."""
         longest = self._longest_row()
         if longest // 2 < LEAST_ROW_TOKENS:
             return None
         config = self.config.model_copy(update={"row_tokens": longest // 2})
         plan = plan_training(config, self.inputs, self.examples, model=self.model)
         smaller = replace(self, config=config, plan=plan)
-        if smaller._longest_row() == longest:  # a long pair has its row for itself
+        if smaller._longest_row() == longest:  # a long pair has a row to itself
             return None
         warn_of_halving(self.inputs.step, "dpo.row_tokens", longest, longest // 2, unit="pair")
         return smaller
@@ -160,13 +160,13 @@ class Tuning:
         return row_tokens(self.config, self.inputs, self.model)
 
     def _longest_row(self) -> int:
-        """Tokens of the fullest row, without padding."""
+        """Number of tokens in the longest row, without padding."""
         lengths = _lengths(self.examples.train, self.model)
         return max(sum(lengths[index] for index in row) for row in self.plan.rows)
 
 
 def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, model: nn.Module) -> StepPlan:
-    """Which pairs make which optimizer step."""
+    """Assign pairs to optimizer steps."""
     return plan_steps(
         _lengths(examples.train, model),
         examples_per_step=config.pairs_per_step,
@@ -185,9 +185,9 @@ def row_tokens(config: Config, inputs: StepInputs, model: nn.Module) -> int:
 
 
 def open_reference(path: Path, model: nn.Module, examples: Examples, *, row_tokens: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [P, 2] of the training and of the validation pairs by `model`, which is the starting policy.
+    """Log-probabilities [P, 2] of the training and validation pairs by `model`, the starting policy.
 
-    Those of an earlier start of the step are read from `path`, where all processes of this one look before any writes.
+    If the step was started before, they are read from `path`; all processes check for the file before one writes it.
     """
     reference = _read_reference(path)
     if reference is None:
@@ -230,8 +230,8 @@ def pair_logprobs(model: nn.Module, pairs: Sequence[PairExample], *, row_tokens:
 
 
 def answer_logprobs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """log p(answer | prompt) of both answers of each pair of a packed row, [B, 2] in nats, summed over tokens in fp32."""
-    llama: Any = model  # transformers' and PEFT's methods lie behind nn.Module's __getattr__
+    """log p(answer | prompt) of both answers of each pair in a packed row, [B, 2] in nats, summed in fp32."""
+    llama: Any = model  # methods of transformers and PEFT are reached through nn.Module.__getattr__
     hidden_TD = llama.get_decoder()(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
     ).last_hidden_state[0]
@@ -243,13 +243,13 @@ def answer_logprobs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def pair_losses(logprobs_B2: Tensor, reference_B2: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """The losses [B] of pairs whose answers have these log-probabilities by the policy and by the reference."""
+    """Losses [B] of pairs, given the answers' log-probabilities under the policy and the reference."""
     policy_B, reference_B = (logprobs[:, 0] - logprobs[:, 1] for logprobs in (logprobs_B2, reference_B2))
     return dpo_losses(policy_B, reference_B, beta=beta, label_smoothing=label_smoothing)
 
 
 def _sums(rewards_B2: Tensor) -> list[Tensor]:
-    """Over the pairs: right order (a tie is half right), implicit rewards of the chosen and of the rejected answers."""
+    """Sums over pairs: correct order (a tie counts half), implicit rewards of chosen and of rejected answers."""
     chosen_B, rejected_B = rewards_B2.unbind(dim=1)
     is_right_B = (chosen_B > rejected_B).float() + 0.5 * (chosen_B == rejected_B).float()
     return [is_right_B.sum(), chosen_B.sum(), rejected_B.sum()]

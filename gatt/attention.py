@@ -1,6 +1,6 @@
-"""How strongly the dialog attends to the instruction in its first turn (Llama 2, arXiv:2307.09288, figure 10).
+"""Measure how strongly a dialog attends to the instruction in its first turn (Llama 2, arXiv:2307.09288, figure 10).
 
-As in the paper, the maximum attention activation over all layers and heads, with neighbouring tokens binned together.
+As in the paper, this is the maximum attention weight over all layers and heads, with adjacent tokens binned together.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ BINS = 48
 
 @torch.no_grad()
 def strongest_attention(model: "LanguageModel", ids: Sequence[int]) -> Tensor:
-    """Over layers and heads the largest attention weight of each token to each one before it, [T, T], on the CPU.
+    """Maximum attention weight over layers and heads from each token to each earlier one, [T, T], on the CPU.
 
-    The model must have been loaded with eager attention: the other kernels do not give their weights.
+    The model must be loaded with eager attention, since other kernels do not return the weights.
     """
     output = cast(Any, model)(
         input_ids=torch.tensor([list(ids)], device=model.device), output_attentions=True, use_cache=False
@@ -35,12 +35,12 @@ def strongest_attention(model: "LanguageModel", ids: Sequence[int]) -> Tensor:
 
 
 def binned(attention_TT: Tensor, bins: int = BINS) -> Tensor:
-    """The largest weight of each bin of tokens to each bin, [bins, bins]."""
+    """Maximum weight between each two bins of tokens, [bins, bins]."""
     return functional.adaptive_max_pool2d(attention_TT[None, None], min(bins, len(attention_TT)))[0, 0]
 
 
 def to_instruction(attention_TT: Tensor, chat_format: ChatFormat, messages: Sequence[Message]) -> list[float]:
-    """Of each answer of the dialog: the largest weight of its tokens to the tokens of the system text, their mean."""
+    """For each answer, the mean over its tokens of the maximum weight to the tokens of the system text."""
     first, end_of_system = _system_block(chat_format, messages)
     strengths = []
     for place in range(2, len(messages), 2):
@@ -51,7 +51,7 @@ def to_instruction(attention_TT: Tensor, chat_format: ChatFormat, messages: Sequ
 
 
 def _system_block(chat_format: ChatFormat, messages: Sequence[Message]) -> tuple[int, int]:
-    """Where the tokens that the system text adds to the first turn begin, and where they end."""
+    """Start and end of the tokens that the system text adds to the first turn."""
     with_system, without = (chat_format.encode_prompt(turn) for turn in (messages[:2], messages[1:2]))
     first = next(place for place, (one, other) in enumerate(zip(with_system, without, strict=False)) if one != other)
     return first, first + len(with_system) - len(without)
@@ -61,7 +61,7 @@ def _system_block(chat_format: ChatFormat, messages: Sequence[Message]) -> tuple
 def draw_attention(
     maps: Sequence[tuple[str, Tensor]], by_answer: Sequence[tuple[str, Sequence[float]]], path: Path
 ) -> None:
-    """Maps of one dialog for each policy, and the attention of its answers to the instruction, turn by turn."""
+    """Draw each policy's attention map of one dialog, and its answers' attention to the instruction by turn."""
     figure, places = panel_grid(len(maps) + 1, panel=(4.0, 3.9))
     image = None
     for place, (title, map_TT) in zip(places, maps, strict=False):

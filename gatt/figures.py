@@ -1,4 +1,4 @@
-"""Figures of consistency by their names in the table of metrics, as a table for people, and as a picture."""
+"""Consistency figures by metric name, as a table and as a plot."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from llamachat.answers.consistency import CHECKED, RECALLED, Outcome, Rate, Tria
 from llamachat.tables import text_table
 from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png, style_panel
 
-# Moments of the table of metrics: the policy before and after, and the one before without any instruction.
+# Moments in metric names: the policy before and after, and the policy before without an instruction.
 MOMENTS = ("start", "final", "chance")
 _NAMES = {"start": "before", "final": "after", "chance": "chance (no instruction)"}
 _COLOURS = {"start": COLOURS[-1], "final": COLOURS[0], "chance": COLOURS[1]}
@@ -32,7 +32,7 @@ def consistency_figures(outcomes: Mapping[str, Outcome], trials: Sequence[Trial]
 
 
 def consistency_table(outcomes: Mapping[str, Outcome], trials: Sequence[Trial]) -> str:
-    """The same for people: a block for all that is checked, one for what is recalled, then a line for each family."""
+    """A readable table: a block for checked constraints, one for recalled values, then a line for each family."""
     lines = []
     turns = sorted(outcomes["start"].kept)
     for kind, title in _KINDS:
@@ -53,7 +53,7 @@ def consistency_table(outcomes: Mapping[str, Outcome], trials: Sequence[Trial]) 
 
 @harmless
 def draw_consistency(outcomes: Mapping[str, Outcome], trials: Sequence[Trial], path: Path) -> None:
-    """Consistency by turn, with 95% intervals: all that is checked, all that is recalled, and each family."""
+    """Plot consistency by turn, with 95% intervals: all checked constraints, all recalled values, and each family."""
     panels: list[tuple[str, str, str | None]] = []
     for kind, title in _KINDS:
         own = [family for family, of in _families(trials).items() if of == kind]
@@ -85,7 +85,7 @@ def draw_consistency(outcomes: Mapping[str, Outcome], trials: Sequence[Trial], p
 
 
 def _families(trials: Sequence[Trial]) -> dict[str, str]:
-    """Families and how they are measured, in a fixed order."""
+    """Families in a fixed order, and how each is measured."""
     return dict(sorted({trial.family: trial.kind for trial in trials}.items()))
 
 

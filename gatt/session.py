@@ -1,6 +1,6 @@
-"""What Ghost Attention samples and measures with: a policy, the values of constraints, and sequences of user turns.
+"""Inputs of Ghost Attention's sampling and evaluation: a policy, constraint values, and sequences of user turns.
 
-Values of figures, hobbies and languages come from files, or from the policy itself, as in the paper (Llama 2, section
+Public figures, hobbies and languages are read from files or sampled from the policy, as in the paper (Llama 2, section
 3.3).
 """
 
@@ -25,20 +25,20 @@ from llamachat.runs.inputs import StepInputs
 
 log = logging.getLogger(__name__)
 
-FEWEST = 12  # values of a family: some of them are held out
+FEWEST = 12  # minimum number of values in a family, some of which are held out
 LISTS_SAMPLED = 32  # answers sampled for each list
 QUESTIONS = {
     "figures": "Write a list of twenty famous public figures, one name a line.",
     "hobbies": "Write a list of twenty hobbies, one a line.",
     "languages": "Write a list of twenty languages, one a line.",
 }
-_MEASURED = ("figure", "hobby", *CHECKABLE)  # families that can be measured without people
-_VALUES_SEED = 800_000  # past those of the batches
+_MEASURED = ("figure", "hobby", *CHECKABLE)  # families that can be measured automatically
+_VALUES_SEED = 800_000  # above the seeds of the batches
 
 
 @dataclass(frozen=True, slots=True)
 class GattSession:
-    """A policy, before the tuning or after, with constraints and user turns."""
+    """A policy, before or after tuning, with constraints and user turns."""
 
     config: Config
     answers: AnswerSession
@@ -46,7 +46,7 @@ class GattSession:
     sequences: Sequences
 
     def trials(self) -> list[Trial]:
-        """Held-out dialogs, each with one constraint of a held-out value, as many of each family."""
+        """Held-out dialogs, each with one constraint with a held-out value; the same number for each family."""
         return held_out_trials(
             {name: family for name, family in self.families.items() if name in _MEASURED},
             self.sequences.test,
@@ -55,7 +55,7 @@ class GattSession:
         )
 
     def measure(self, *, has_instruction: bool) -> Outcome:
-        """Whether the policy keeps the instructions of the trials, or what it does without reading them."""
+        """Measure how well the policy keeps the trials' instructions, or the chance level without them."""
         return run_trials(
             self.answers,
             self.trials(),
@@ -66,7 +66,7 @@ class GattSession:
 
 
 def open_gatt(config: Config, inputs: StepInputs, policy: Artifact | None) -> GattSession:
-    """Load the policy, and the reward models where answers are ranked by them; read dialogs and values."""
+    """Load the policy, the reward models if they rank answers, dialogs and values."""
     session = open_session(inputs, policy=policy, held_out=None, scores=config.ranks_by_reward)
     sequences = load_sequences(
         inputs.data,
@@ -76,7 +76,7 @@ def open_gatt(config: Config, inputs: StepInputs, policy: Artifact | None) -> Ga
         seed=inputs.run.seed,
     )
     sampling = session.sampling(_VALUES_SEED, temperature=config.temperature)
-    # Once for the whole step: the tuned policy would name others, and before and after could not be compared.
+    # Once for the whole step: the tuned policy would name other values, and results would not be comparable.
     lists = StepCache(inputs.folder.sampling).get_or_make(
         "values", lambda: lists_of(config, session.engine, session.chat_format, sampling)
     )
@@ -86,7 +86,7 @@ def open_gatt(config: Config, inputs: StepInputs, policy: Artifact | None) -> Ga
 def lists_of(
     config: Config, engine: RolloutEngine, chat_format: ChatFormat, sampling: Sampling
 ) -> dict[str, list[str]]:
-    """The values of the recipe's families that have a list, by list."""
+    """Values by list, for the recipe's families that use a list."""
     names = [name for family, name in LISTS.items() if family in config.families]
     if config.values == "policy":
         return {name: _from_policy(name, engine, chat_format, sampling) for name in names}
@@ -101,7 +101,7 @@ def lists_of(
 
 
 def _from_policy(name: str, engine: RolloutEngine, chat_format: ChatFormat, sampling: Sampling) -> list[str]:
-    """The entries of the policy's answers to a request for a list, the most often named first."""
+    """Entries in the policy's answers to a request for a list, the most frequent first."""
     prompt = chat_format.encode_prompt([Message("user", QUESTIONS[name])])
     (completions,) = scatter_generate(engine, [prompt], samples_per_prompt=LISTS_SAMPLED, sampling=sampling)
     counts: Counter[str] = Counter()

@@ -1,8 +1,8 @@
-"""Dialogs in which an instruction is kept: sampled with it in every turn, stored with it in the first alone.
+"""Sample dialogs that keep an instruction: it is in every turn while sampling, but only in the first turn when stored.
 
-Llama 2, arXiv:2307.09288, section 3.3: an instruction to hold throughout is concatenated to all user messages of a
-dialog; answers are sampled with the present policy; for training it stays in the first turn only, as the system text,
-and the loss is on the last answer alone, so that a model learns to attend to it over many turns.
+Llama 2, arXiv:2307.09288, section 3.3: an instruction for the whole dialog is concatenated to all user messages and
+the current policy samples the answers. For training, the instruction is only in the first turn, as the system text,
+and only the last answer counts in the loss, so that the model learns to attend to it over many turns.
 """
 
 from collections import Counter
@@ -21,34 +21,34 @@ from llamachat.data.loading import fraction
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.rollout.engine import RolloutEngine, Sampling
 
-Rank = Callable[[Sequence[Sequence[Response]]], list[list[int]]]  # places of each prompt's answers, best first
+Rank = Callable[[Sequence[Sequence[Response]]], list[list[int]]]  # indices of each prompt's answers, best first
 
 
 @dataclass(slots=True)
 class Conversation:
-    """One dialog under way: the user's turns, the answers so far, and why it was left out, if it was."""
+    """A dialog in progress: user turns, answers so far, and why it was dropped, if it was."""
 
     instruction: Instruction
     turns: Turns
-    recall: Constraint | None = None  # what the last turn asks for, where it is a recall question
+    recall: Constraint | None = None  # what the last turn asks for, if it is a recall question
     answers: list[str] = field(default_factory=list)
     dropped: str | None = None
     tokens: int = 0  # of the last answer so far,
-    passing: float = 0.0  # the share of its samples that keep the instruction,
-    is_repaired: bool = False  # and whether it was fixed by rule
+    passing: float = 0.0  # share of its samples that keep the instruction,
+    is_repaired: bool = False  # whether it was fixed by rule
 
     @property
     def is_open(self) -> bool:
         return self.dropped is None and len(self.answers) < len(self.turns)
 
     def keeps(self, answer: str) -> bool:
-        """Whether an answer to the present turn keeps the instruction, and answers a recall question rightly."""
+        """Whether an answer to the current turn keeps the instruction and answers a recall question correctly."""
         is_last = len(self.answers) == len(self.turns) - 1
         remembers = not is_last or self.recall is None or recalled(self.recall, answer)
         return remembers and (not self.instruction.checkable or passes(self.instruction, answer))
 
     def prompt(self) -> tuple[Message, ...]:
-        """The present turn with all before it, the instruction on each."""
+        """The current and all earlier turns, with the instruction in each user turn."""
         messages: list[Message] = []
         for turn, answer in zip(self.turns, [*self.answers, None], strict=False):
             messages.append(Message("user", with_instruction(self.instruction.text, turn)))
@@ -60,29 +60,29 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class GattDialog:
-    """A whole dialog, ready to be stored."""
+    """A complete dialog, ready to be stored."""
 
     instruction: str
     families: list[str]
     turns: list[str]
     answers: list[str]
     tokens: int  # of the last answer
-    passing: float  # share of the samples of the last turn that kept the instruction
-    is_repaired: bool  # none of them did, and the answer was corrected by rule
+    passing: float  # share of the last turn's samples that kept the instruction
+    is_repaired: bool  # none did, so the answer was fixed by rule
 
 
-PLAIN = Instruction((), "", is_shortened=False)  # of a dialog without one
+PLAIN = Instruction((), "", is_shortened=False)  # for dialogs without an instruction
 
 
 def with_instruction(instruction: str, turn: str) -> str:
-    """A user turn as the policy reads it while dialogs are made; of a plain dialog as it is."""
+    """A user turn with the instruction, as sampled from; unchanged in a plain dialog."""
     return f"{turn} {instruction}" if instruction else turn
 
 
 def conversation(instruction: Instruction, sequence: Turns, *, key: str, recall_share: float) -> Conversation:
-    """The first turns of the sequence; a share of those with a figure or hobby end by asking for it.
+    """Build a conversation from the first turns; a share of those with a figure or hobby end by asking for it.
 
-    They are two at least, so that the instruction is not in the last one; one is enough for a dialog without any.
+    It has at least two turns, so that the instruction is not in the last one; a plain dialog may have one.
     """
     fewest = 2 if instruction.text else 1
     count = fewest + int(fraction(key, salt="gatt turns") * (len(sequence) - fewest + 1))
@@ -98,22 +98,22 @@ def conversation(instruction: Instruction, sequence: Turns, *, key: str, recall_
 
 @dataclass(frozen=True, slots=True)
 class TurnSampler:
-    """How answers to a turn are sampled, ranked and fixed."""
+    """Samples, ranks and fixes answers to a turn."""
 
     engine: RolloutEngine
     chat_format: ChatFormat
     samples_per_turn: int
     max_tokens: int  # of a prompt
-    repairs: bool  # a last answer that breaks the instruction is fixed by rule where possible
+    repairs: bool  # whether a last answer that breaks the instruction is fixed by rule if possible
     rank: Rank | None = None  # by reward models
 
 
 def sample_dialogs(
     sampler: TurnSampler, conversations: Sequence[Conversation], samplings: Sequence[Sampling]
 ) -> list[GattDialog]:
-    """Answer the conversations turn by turn, all together; `samplings` has an entry for each turn.
+    """Answer all conversations in parallel, turn by turn; `samplings` has an entry for each turn.
 
-    Each answer is one of the samples that keep the instruction; in earlier turns another finished one where none does.
+    Each answer is a sample that keeps the instruction; before the last turn, any finished sample if none does.
     """
     count = sampler.samples_per_turn
     for sampling in samplings:
@@ -142,7 +142,7 @@ def sample_dialogs(
 
 
 def dialog_text(dialog: GattDialog, step: str) -> str:
-    """The line of a dialog as it is published: the instruction in the first turn, and only the last answer trained on."""
+    """The published JSON line of a dialog: the instruction in the first turn, only the last answer trained on."""
     context = [Message("system", dialog.instruction)] if dialog.instruction else []
     for turn, answer in zip(dialog.turns, [*dialog.answers[:-1], None], strict=True):
         context.append(Message("user", turn))
@@ -152,12 +152,12 @@ def dialog_text(dialog: GattDialog, step: str) -> str:
 
 
 def counted_drops(conversations: Sequence[Conversation]) -> dict[str, int]:
-    """The number of dialogs left out, by reason."""
+    """Number of dropped dialogs, by reason."""
     return dict(Counter(one.dropped for one in conversations if one.dropped is not None))
 
 
 def _prompt(sampler: TurnSampler, one: Conversation) -> EncodedPrompt | None:
-    """The conversation's next prompt; a conversation whose prompt does not fit is left out."""
+    """The conversation's next prompt; drops the conversation if the prompt does not fit."""
     messages = one.prompt()
     ids = tuple(sampler.chat_format.encode_prompt(messages))
     if len(ids) <= sampler.max_tokens:
@@ -171,7 +171,7 @@ def _prompt(sampler: TurnSampler, one: Conversation) -> EncodedPrompt | None:
 
 
 def _answer(one: Conversation, samples: Sequence[Response], sampler: TurnSampler) -> None:
-    """Add one of the samples, which are ranked best first, to the conversation as its answer."""
+    """Add one of the samples, ranked best first, to the conversation as its answer."""
     allowed = [sample for sample in samples if sample.is_finished and is_allowed(sampler.chat_format, sample.text)]
     kept = [sample for sample in allowed if one.keeps(sample.text)]
     is_last = len(one.answers) == len(one.turns) - 1
@@ -192,7 +192,7 @@ def _answer(one: Conversation, samples: Sequence[Response], sampler: TurnSampler
 
 
 def put_right(one: Conversation, answer: str) -> str | None:
-    """The last answer fixed so that it keeps the instruction and answers the recall question; None where no rule can."""
+    """Fix the last answer by rule to keep the instruction and answer the recall question; None if no rule can."""
     if one.recall is not None and not recalled(one.recall, answer):
         answer = plain_recall(one.recall, one.turns[-1])
     text = repaired(one.instruction, answer) if one.instruction.checkable else answer

@@ -1,11 +1,10 @@
 """Ghost Attention (Llama 2, arXiv:2307.09288, section 3.3): dialogs and a policy -> a policy that keeps instructions.
 
-Instructions are drawn at random; the policy answers dialogs with the instruction in every turn; its answers are trained
-on with the instruction in the first turn alone and the loss on the last answer; before and after, held-out dialogs with
-held-out values measure how far an instruction is kept. Writes the step folder's sampling/, metrics.jsonl,
+Instructions are drawn at random and the policy answers dialogs with the instruction in every turn. Training uses these
+dialogs with the instruction only in the first turn and the loss on the last answer. Before and after, held-out dialogs
+with held-out values measure how long an instruction is kept. Writes the step folder's sampling/, metrics.jsonl,
 samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/. A killed step resumes after its
-last whole batch. Where `max_hours` ends the sampling, the dialogs made so far are used: no batch is better than
-another.
+last complete batch. If `max_hours` ends sampling early, the dialogs sampled so far are used; batches are interchangeable.
 """
 
 import logging
@@ -53,16 +52,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 4  # dialogs of a batch that people are shown
+_SHOWN = 4  # dialogs logged per batch
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Make the dialogs; tune on their last answers; measure; end the step."""
+    """Sample dialogs, tune on their last answers, evaluate, and finish the step."""
     step = dialog_step(config, inputs)
     return step.run(
         make_dialogs=lambda: make_dialogs(config, step),
         compare=lambda tuned: compare(config, step, tuned),
-        sft=config.sft,  # earlier answers of the made dialogs have train: false; dialogs of data.sft train on all of theirs
+        sft=config.sft,  # earlier answers of sampled dialogs have train: false; all answers of data.sft are trained on
         sft_share=config.sft_share,
     )
 
@@ -72,7 +71,7 @@ def dialog_step(config: Config, inputs: StepInputs) -> DialogStep:
 
 
 def make_dialogs(config: Config, step: DialogStep) -> Artifact:
-    """Everything up to the published dialogs; those in the cache are not sampled again."""
+    """Sample and publish the dialogs; cached ones are not sampled again."""
     inputs = step.inputs
     session = open_gatt(config, inputs, inputs.policy)
     step.cache.get_or_make("consistency-start", lambda: asdict(session.measure(has_instruction=True)))
@@ -98,11 +97,11 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
 
 
 def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, float]:
-    """Consistency before and after, by turn: final figures and pictures."""
+    """Compare consistency by turn before and after tuning; return the final figures and draw plots."""
     inputs, cache = step.inputs, step.cache
     session = open_gatt(config, inputs, tuned)
     trials = session.trials()
-    # By chance: what the tuned policy does without an instruction, which the tuning may have raised.
+    # The chance level of the tuned policy, without an instruction: tuning may have raised it.
     for moment, has_instruction in (("final", True), ("chance", False)):
         cache.get_or_make(
             f"consistency-{moment}", lambda reads=has_instruction: asdict(session.measure(has_instruction=reads))
@@ -120,11 +119,11 @@ def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, floa
 def _draw_attention(
     session: GattSession, inputs: StepInputs, tuned: Artifact, trial: Trial, outcome: Outcome, path: Path
 ) -> None:
-    """The attention of the first policy (or base) and of the tuned one on a dialog with the tuned policy's answers."""
+    """Draw the attention of the starting policy (or base) and the tuned one on a dialog answered by the tuned one."""
     chat_format = session.answers.chat_format
     messages = [Message("system", trial.instruction.text)]
     for turn in sorted(outcome.answers):
-        if outcome.kept[turn][0] is None:  # past the context, where there is no answer
+        if outcome.kept[turn][0] is None:  # no answer, since the dialog exceeded the context
             break
         messages += [Message("user", trial.turns[turn - 1]), as_said(chat_format, outcome.answers[turn][0])]
     if len(messages) == 1:
@@ -140,7 +139,7 @@ def _draw_attention(
 
 
 def _eager(inputs: StepInputs, policy: Artifact | None) -> "LanguageModel":
-    """The policy, or the base itself, with the one kernel that returns its attention."""
+    """The policy, or the base, loaded with the only attention kernel that returns its weights."""
     if policy is None:
         return load_base(inputs.base.model_copy(update={"attention": "eager"}), device="auto").eval()
     return load_policy(policy.path, dtype=inputs.base.dtype, device="auto", attention="eager").model
@@ -148,20 +147,20 @@ def _eager(inputs: StepInputs, policy: Artifact | None) -> "LanguageModel":
 
 @dataclass(slots=True)
 class Dialogs:
-    """The dialogs of the step, batch by batch."""
+    """Samples the dialogs of the step, batch by batch."""
 
     session: GattSession
     step: DialogStep
     train: list[GattDialog] = field(default_factory=list)
-    held_out: list[GattDialog] = field(default_factory=list)  # of the validation side
+    held_out: list[GattDialog] = field(default_factory=list)  # from the validation split
 
     @property
     def plain(self) -> int:
-        """Dialogs to train on that have no instruction."""
+        """Number of training dialogs without an instruction."""
         return sum(not dialog.instruction for dialog in self.train)
 
     def sample(self, tracker: Tracker) -> dict[str, float]:
-        """Make all batches that are not in the cache; mean figures."""
+        """Sample all batches that are not cached; return mean figures."""
         config, sequences = self.session.config, self.session.sequences
         size = max(1, ANSWERS_PER_BATCH // config.samples_per_turn)
         train = [range(first, min(first + size, config.dialogs)) for first in range(0, config.dialogs, size)]
@@ -181,7 +180,7 @@ class Dialogs:
 
     def _make(self, number: int, indices: Sequence[int], source: Sequence[Turns]) -> dict[str, Any]:
         config, session, inputs = self.session.config, self.session.answers, self.step.inputs
-        # A second such step of a recipe draws others.
+        # Another gatt step of the same recipe draws other instructions.
         seed = f"{inputs.run.seed} {inputs.step}"
         started = time.monotonic()
         conversations = [
@@ -222,7 +221,7 @@ class Dialogs:
         }
 
     def _instruction(self, seed: str, number: int, index: int) -> Instruction:
-        """One drawn at random, or none: the same turns with and without one are what teaches to read it."""
+        """A random instruction, or none: the same turns with and without one teach the policy to read it."""
         config = self.session.config
         if fraction(f"{seed} {number} {index}", salt="gatt plain") < config.plain_share:
             return PLAIN
@@ -256,7 +255,7 @@ class Dialogs:
 
 
 def by_reward(scorer: Scorer) -> Rank:
-    """The order of each prompt's answers by the reward models."""
+    """Rank each prompt's answers by the reward models."""
 
     def rank(by_prompt: Sequence[Sequence[Response]]) -> list[list[int]]:
         responses = [response for group in by_prompt for response in group]

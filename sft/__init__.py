@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a base model learns to answer from dialogs (Llama 2 section 3.1)."""
+"""Supervised fine-tuning: train a base model to answer on dialogs (Llama 2 section 3.1)."""
 
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs

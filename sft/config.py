@@ -10,7 +10,7 @@ from llamachat.config.section import operational
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 1
 
-# Arguments of TRL's SFTConfig that have a key of ours, or (None) that the stage itself must set.
+# Arguments of TRL's SFTConfig and the configuration key that sets each, or None if the stage itself sets it.
 OWNED = {
     **owned_arguments("sft"),
     "per_device_train_batch_size": "sft.rows_per_microbatch",

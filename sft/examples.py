@@ -1,4 +1,4 @@
-"""From dialogs to token ids with a loss mask: reading, mixing, splitting, shortening, counting what is left out."""
+"""Encode dialogs as token ids with a loss mask: reading, mixing, splitting, shortening, counting dropped records."""
 
 import logging
 from collections import Counter
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What one SFT step trains on and measures with."""
+    """Training and validation data of one SFT step."""
 
     train: list[TokenizedExample]
     validation: list[TokenizedExample]
     prompts: list[tuple[Message, ...]]  # held-out contexts to sample answers to, first turns only
-    dropped: dict[str, int]  # records left out, by reason
+    dropped: dict[str, int]  # number of dropped records, by reason
 
 
 def load_examples(
@@ -42,8 +42,8 @@ def load_examples(
 ) -> Examples:
     """Token ids of the training and validation dialogs of `data.sft`; the test and judge parts are not touched.
 
-    With `step_dialogs`, the folder of a step's dialogs, all of those are trained on, plus `sft_share` of the dialogs of
-    `data.sft`; held-out ones come from the folder too where it has some.
+    With `step_dialogs`, a folder of dialogs from a step, training uses all of those plus `sft_share` of the dialogs of
+    `data.sft`; held-out dialogs also come from the folder if it has any.
     """
     own, own_held_out = read_step_dialogs(step_dialogs, chat_format) if step_dialogs else ([], [])
     dropped: Counter[str] = Counter()
@@ -70,8 +70,8 @@ def load_examples(
 
 
 def read_step_dialogs(folder: Path, chat_format: ChatFormat) -> tuple[list[Dialog], list[Dialog]]:
-    """The training and held-out dialogs of a step. They are not split again: a shortened prompt begins with another
-    turn than its record, so it could change sides."""
+    """Training and held-out dialogs of a step. They are not split again: the split depends on the first turn, which
+    a shortened prompt may have lost."""
     sides = []
     for path in (folder / DIALOGS, folder / HELD_OUT_DIALOGS):
         is_there = path.is_file() and path.stat().st_size > 0
@@ -107,9 +107,9 @@ def _encode(
 def held_out_prompts(
     dialogs: Sequence[Dialog], chat_format: ChatFormat, *, count: int, max_tokens: int
 ) -> list[tuple[Message, ...]]:
-    """Openings (system text and first user turn) of `count` different dialogs that leave room for an answer.
+    """Openings (system text and first user turn) of `count` distinct dialogs that leave room for an answer.
 
-    Taken at even distances, so that each source of the mixture has its share.
+    They are evenly spaced, so that each source of the mixture has its share.
     """
     prompts: list[tuple[Message, ...]] = []
     stride = max(1, len(dialogs) // max(1, count))

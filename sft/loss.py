@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from llamachat.data.packing import IGNORED
 from llamachat.maths import TOKENS_PER_CHUNK
 
-# A CPU keeps a compiled kernel for each shape it has met: with every length its own, memory grew from 0.5 to 1.5 GiB in
-# 200 rows. Lengths are filled up to a multiple, which also is faster.
+# PyTorch caches a CPU kernel for every shape: with arbitrary lengths, memory grew from 0.5 to 1.5 GiB in 200 rows.
+# Lengths are padded to a multiple, which is also faster.
 SHAPE_MULTIPLE = 64
 
 
 def answer_token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Negative log-likelihoods, in nats, of the tokens whose label counts, [N] in fp32.
 
-    The output head runs on those positions alone. `model` is a transformers causal language model, with or without a
-    LoRA adapter; `batch` is what `llamachat.data.packing` collates.
+    The output head only runs on those positions. `model` is a transformers causal language model, with or without a
+    LoRA adapter; `batch` comes from the collator of `llamachat.data.packing`.
     """
-    llama: Any = model  # transformers' and PEFT's methods lie behind nn.Module's __getattr__
+    llama: Any = model  # methods of transformers and PEFT are reached through nn.Module.__getattr__
     labels_BT = batch["labels"][:, 1:]
     kept_BT = labels_BT != IGNORED
     hidden_BTD = llama.get_decoder()(

@@ -1,8 +1,8 @@
 """Supervised fine-tuning (Llama 2, arXiv:2307.09288, section 3.1): dialogs -> policy.
 
 Reads the dialogs of `data.sft` and a base (or an earlier policy); writes the step folder's metrics.jsonl,
-samples.jsonl, checkpoints/, summary.json, curves.png and artifact/. The autoregressive loss is zero on everything but
-answers and their EOS; dialogs packed into one row do not attend to each other (ours, not stated in the paper).
+samples.jsonl, checkpoints/, summary.json, curves.png and artifact/. Only answers and their EOS count in the
+autoregressive loss; dialogs packed into one row do not attend to each other (ours, not stated in the paper).
 """
 
 import logging
@@ -23,7 +23,7 @@ from sft.tuning import Tuning, plan_training
 
 log = logging.getLogger(__name__)
 
-# What summary.json says of a training, each figure's last value.
+# Metrics whose last value is written to summary.json.
 SUMMARY = (
     "sft/eval_loss_base",
     "sft/eval_loss",
@@ -57,13 +57,13 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
         figures = session.finish(SUMMARY, best)
         before, after = (figures.get(f"sft/{name}", math.nan) for name in ("eval_loss_base", "eval_loss"))
         log.info("held-out answers: %.4f nats per token before training, %.4f after", before, after)
-        # Before the artifact, which ends the step: if a command is killed in between, a resumed one would not write it.
+        # Written before the artifact, which marks the step as finished: a resumed command would skip it.
         session.tracker.summary(figures)
         return publish_policy(start, inputs, dropped=examples.dropped, notes=session.notes(best))
 
 
 def load_dialogs(config: Config, inputs: StepInputs, chat_format: ChatFormat) -> Examples:
-    """The dialogs as token ids, split into those to train on and those held out."""
+    """The dialogs as token ids, split into training and held-out dialogs."""
     examples = load_examples(
         inputs.data,
         chat_format,

@@ -1,7 +1,7 @@
-"""What supervised fine-tuning trains: dialogs in rows, TRL's `SFTTrainer` on our token ids, held-out loss and samples.
+"""Supervised fine-tuning with TRL's `SFTTrainer`: rows of dialogs as token ids, held-out loss and samples.
 
-The data set holds row numbers and our collator makes the tensors, because a packed row must carry `position_ids` and no
-attention mask to keep its dialogs apart.
+The data set contains row numbers and our collator makes the tensors, because a packed row needs `position_ids` and no
+attention mask to separate its dialogs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,24 +27,24 @@ from sft.config import Config
 from sft.examples import Examples
 from sft.loss import SHAPE_MULTIPLE, answer_token_losses
 
-# A CPU attends a sequence at a time, so longer rows only mean fewer and larger products.
+# On a CPU, attention runs one sequence at a time, so longer rows only mean fewer and larger matrix products.
 CPU_ROW_TOKENS = 1024
 
 NAMES = {"loss": "sft/loss", "grad_norm": "optim/grad_norm", "learning_rate": "optim/learning_rate"}
 
 
 class AnswerTrainer(AtomicCheckpoints, SFTTrainer):
-    """`SFTTrainer` whose loss on a CPU looks at answer tokens alone."""
+    """`SFTTrainer` that computes logits only for answer tokens on a CPU."""
 
     args: SFTConfig
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum over answer tokens divided by those of the whole optimizer step.
+        """The summed loss of the answer tokens, divided by their number in the whole optimizer step.
 
-        On a GPU TRL's fused head scores answer tokens alone; on a CPU it scores every position and takes half as long
-        again, so there the same loss is taken from the answer positions here.
+        On a GPU TRL's fused head only scores answer tokens. On a CPU it scores every position, which takes 1.5 times
+        as long, so the same loss is computed here from the answer positions.
         """
         is_plain = self.args.loss_type == "nll" and self.args.label_smoothing_factor == 0 and not return_outputs
         if not is_plain or inputs["input_ids"].is_cuda:
@@ -57,18 +57,18 @@ class AnswerTrainer(AtomicCheckpoints, SFTTrainer):
 
 @dataclass(frozen=True)
 class Tuning:
-    """A model, dialogs, and the rows that they are trained in (a `llamachat.training.session.Training`)."""
+    """A model, dialogs, and the rows they are packed into (a `llamachat.training.session.Training`)."""
 
     config: Config
     inputs: StepInputs
-    model: Any  # a language model of transformers, or with an adapter of PEFT
+    model: Any  # a transformers language model, optionally with a PEFT adapter
     chat_format: ChatFormat
     examples: Examples
     plan: StepPlan
 
     @property
     def names(self) -> Mapping[str, str]:
-        """The trainer's figures by our names."""
+        """Maps the trainer's figures to our metric names."""
         return NAMES
 
     @property
@@ -76,7 +76,7 @@ class Tuning:
         return next(self.model.parameters()).device
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Tensors of some rows of the plan: one packed row, or several padded dialogs."""
+        """Tensors of rows of the plan: one packed row, or several padded dialogs."""
         rows = [[self.examples.train[index] for index in self.plan.rows[number]] for number in numbers]
         if self.config.packing:
             (row,) = rows  # several packed rows in one forward pass would cost quadratic attention
@@ -102,13 +102,13 @@ class Tuning:
 
     @cached_property
     def _trained_tokens(self) -> list[int]:
-        """Answer tokens in the loss from the first step to each step."""
+        """Cumulative number of answer tokens in the loss, for each step."""
         sizes = [sum(example.loss_mask) for example in self.examples.train]
         steps = map(self.plan.step_rows, range(self.plan.num_steps))
         return list(accumulate(sum(sizes[index] for row in rows for index in row) for rows in steps))
 
     def evaluate(self, step: int) -> Evaluated:
-        """Loss on held-out answers; at the start it is also the loss of the base."""
+        """Loss on held-out answers; before the first step it is the loss of the base."""
         row_tokens = CPU_ROW_TOKENS if self.device.type == "cpu" else _row_tokens(self.config, self.inputs, self.device)
         loss = answer_loss(self.model, self.examples.validation, row_tokens=row_tokens, device=self.device)
         figures = {"sft/eval_loss": loss}
@@ -117,11 +117,11 @@ class Tuning:
         return Evaluated(step, loss, figures, f"held-out answers {loss:.4f} nats per token")
 
     def sample(self, tracker: Tracker, step: int) -> None:
-        """Sample answers to the same held-out prompts at every evaluation, for people to read."""
+        """Log sample answers to the same held-out prompts at every evaluation."""
         record_samples(self.model, self.chat_format, self.examples.prompts, tracker, step, prefix="sft")
 
     def smaller(self) -> "Tuning | None":
-        """The same optimizer steps in micro-batches of half the size; None where each is one dialog already."""
+        """The same optimizer steps in micro-batches of half the size; None if each is already a single dialog."""
         longest = self._longest_row()
         if self.config.packing:
             key, before, least = "row_tokens", longest, 16
@@ -134,18 +134,18 @@ class Tuning:
         smaller = replace(
             self, config=config, plan=plan_training(config, self.inputs, self.examples, device=self.device)
         )
-        if self.config.packing and smaller._longest_row() == longest:  # a long dialog has its row for itself
+        if self.config.packing and smaller._longest_row() == longest:  # a long dialog has a row to itself
             return None
         warn_of_halving(self.inputs.step, f"sft.{key}", before, after, unit="dialog")
         return smaller
 
     def _longest_row(self) -> int:
-        """Tokens of the fullest row, without padding."""
+        """Number of tokens in the longest row, without padding."""
         return max(sum(len(self.examples.train[index].input_ids) for index in row) for row in self.plan.rows)
 
 
 def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, device: torch.device) -> StepPlan:
-    """Which dialogs make which optimizer step."""
+    """Assign dialogs to optimizer steps."""
     return plan_steps(
         [len(example.input_ids) for example in examples.train],
         examples_per_step=config.examples_per_step,
@@ -168,7 +168,7 @@ def _row_tokens(config: Config, inputs: StepInputs, device: torch.device) -> int
 def answer_loss(
     model: nn.Module, examples: Sequence[TokenizedExample], *, row_tokens: int, device: torch.device
 ) -> float:
-    """Mean negative log-likelihood of the answer tokens (EOS included), in nats a token, over all `examples`."""
+    """Mean negative log-likelihood of the answer tokens of `examples`, including EOS, in nats per token."""
     assert examples, "the caller has held-out dialogs"
 
     def row_sums(row: Sequence[int]) -> tuple[float, int]:

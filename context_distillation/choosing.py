@@ -1,9 +1,9 @@
-"""Which distilled answers are trained on: those that the safety model puts above the policy's own (paper, 4.2.4), in
-figures and as a picture (figure 16 in shape).
+"""Select distilled answers to train on: those that the safety model scores above the policy's own (paper, 4.2.4); with
+figures and a plot in the shape of the paper's figure 16.
 
-All scores are of an answer to the prompt without the preprompt, raw, before any gate. The best distilled answer is compared
-with the best of as many plain ones, under the same rules: otherwise more samples alone would win, and a preprompt without
-any effect would be kept for more than half of the prompts.
+All scores are raw safety scores, computed without the preprompt and before any gate. The best distilled answer is
+compared with the best of the same number of plain answers under the same rules: otherwise a preprompt without effect
+would win for more than half of the prompts, merely by having more samples.
 """
 
 import math
@@ -19,7 +19,7 @@ from llamachat.data.prompts import EncodedPrompt
 from llamachat.maths.intervals import paired_bootstrap
 from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png, style_panel
 
-Groups = dict[Form, Group]  # the answers to one prompt, by its form
+Groups = dict[Form, Group]  # the answers to one prompt, by form
 _BINS = 25
 _MEANINGS = {
     "original": "no preprompt",
@@ -38,7 +38,7 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The best distilled answer to a prompt next to the best plain one; it is kept where nothing refuses it."""
+    """The best distilled and the best plain answer to a prompt; the distilled one is kept unless `refused` is set."""
 
     prompt: EncodedPrompt
     original: str
@@ -54,9 +54,9 @@ class Choice:
 
 
 def choose(prompt: EncodedPrompt, groups: Groups, *, keeps_all: bool = False, margin: float = 0.0) -> Choice:
-    """The best usable distilled answer, and whether it is trained on; of equal ones the first."""
+    """Select the best usable distilled answer, the first in a tie, and decide whether it is trained on."""
     plain = groups["original"]
-    # A cut or an empty answer cannot win on either side; where there is no other plain one, it is still compared with.
+    # A truncated or empty answer cannot win on either side, but is compared with if there is no other plain answer.
     best_plain = max(
         range(len(plain.texts)),
         key=lambda place: (plain.finished[place] and plain.allowed[place], safety_of(plain)[place]),
@@ -74,7 +74,7 @@ def choose(prompt: EncodedPrompt, groups: Groups, *, keeps_all: bool = False, ma
     text, score = group.texts[place], safety_of(group)[place]
     refused = None
     if not keeps_all and (text == original or score == original_score):
-        refused = "equal"  # the same text's score may move in its last digits with the batch that it is read in
+        refused = "equal"  # the same text's score may differ in its last digits between batches
     elif not keeps_all and score <= original_score + margin:
         refused = "not_better"
     return replace(choice, refused=refused, form=form, text=text, score=score)
@@ -87,7 +87,7 @@ def safety_of(group: Group) -> Sequence[float]:
 
 
 def score_lists(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[str, list[float]]:
-    """Raw safety scores by the form of the prompt, and of the kept answers; a list that is empty is left out."""
+    """Raw safety scores by form of the prompt, and of the kept answers; empty lists are left out."""
     lists: dict[str, list[float]] = {
         form: [score for group in groups if form in group for score in safety_of(group[form])] for form in FORMS
     }
@@ -96,7 +96,7 @@ def score_lists(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[str
 
 
 def batch_figures(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[str, float]:
-    """Mean safety scores of all answers by the form of the prompt, and of those that are trained on."""
+    """Mean safety scores of all answers by form of the prompt, and of those trained on."""
     figures: dict[str, float] = {}
     for form in FORMS:
         answers = [group[form] for group in groups if form in group]
@@ -112,7 +112,7 @@ def batch_figures(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[s
 
 
 def step_figures(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[str, float]:
-    """The same over all prompts, counts, and what the preprompts alone do to the scores, with 95% intervals."""
+    """Mean safety scores over all prompts, counts, and the effect of preprompts on scores, with 95% intervals."""
     if not choices:
         return {}
     figures = batch_figures(groups, choices)
@@ -127,14 +127,14 @@ def step_figures(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[st
 
 
 def left_out(choices: Sequence[Choice]) -> dict[str, int]:
-    """The number of distilled answers that are not trained on, by reason."""
+    """Number of distilled answers that are not trained on, by reason."""
     counts = Counter(choice.refused for choice in choices if choice.refused is not None)
     return {f"distilled answers left out: {REASONS[reason]}": count for reason, count in counts.items()}
 
 
 @harmless
 def draw_scores(lists: Mapping[str, Sequence[float]], choices: Sequence[Choice], path: Path) -> None:
-    """Left: shares of answers by safety score, as a probability. Right: best distilled answer against best plain one."""
+    """Plot shares of answers by safety score as a probability (left), and best distilled against best plain (right)."""
     figure, (spread, pairs) = panel_grid(2, panel=(5.25, 3.8))
     colours = dict(zip(_MEANINGS, (COLOURS[-1], COLOURS[0], COLOURS[1], "#2f8f4e"), strict=True))
     for name, scores in lists.items():

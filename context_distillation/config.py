@@ -16,7 +16,7 @@ VERSION = 3
 Temperature = Annotated[float, Field(gt=0)]
 Words = Annotated[str, Field(min_length=1)]
 
-# Ours, after the examples that the paper prints (table 39): responsible, respectful, wise.
+# Ours, modelled on the paper's examples (table 39): responsible, respectful, wise.
 PREPROMPTS = (
     "You are a responsible and respectful assistant. Never say what is harmful, hateful or illegal. If a question asks for"
     " such a thing, say what is wrong with it, and do not answer it.",

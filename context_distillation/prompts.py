@@ -1,8 +1,8 @@
-"""Adversarial prompts in three forms: plain, under a generic preprompt, and under the answer template of their category
+"""Adversarial prompts in three forms: plain, with a generic preprompt, and with the answer template of their category
 (Llama 2, arXiv:2307.09288, section 4.2.4, table 39).
 
-The paper prints examples of preprompts; the words here are ours: for a known risk category a numbered outline of the
-answer.
+The paper gives examples of preprompts; the wording here is ours. The template of a known risk category is a numbered
+outline of the answer.
 """
 
 from collections import Counter
@@ -32,11 +32,11 @@ _OUTLINE = (
 
 @dataclass(frozen=True, slots=True)
 class AdversarialPrompt:
-    """One prompt; the policy alone reads its preprompted forms: answers are scored and trained on without them."""
+    """One prompt. Only the policy reads its preprompted forms: answers are scored and trained on without them."""
 
     original: EncodedPrompt
     generic: EncodedPrompt
-    template: EncodedPrompt | None = None  # None where the category is not known, or its template leaves no room
+    template: EncodedPrompt | None = None  # None if the category is unknown or the template does not fit
     category: str | None = None
 
     def form(self, form: Form) -> EncodedPrompt | None:
@@ -44,15 +44,15 @@ class AdversarialPrompt:
         return {"original": self.original, "generic": self.generic, "template": self.template}[form]
 
     def num_answers(self, form: Form, *, samples_per_prompt: int) -> int:
-        """Answers that are sampled in this form: as many plain ones as in the other forms together, so that the best
-        distilled answer is the best of as many as the plain one that it is compared with."""
+        """Number of answers sampled in this form: plain ones are as numerous as those of the other forms together, so
+        that the best distilled and the best plain answer are selected from the same number."""
         if self.form(form) is None:
             return 0
         return samples_per_prompt * (2 if form == "original" and self.template is not None else 1)
 
 
 def check_preprompts(config: Config, chat_format: ChatFormat) -> None:
-    """ConfigError for a preprompt that the chat format cannot hold."""
+    """Raise ConfigError for a preprompt that the chat format cannot represent."""
     texts = {f"preprompts[{place}]": text for place, text in enumerate(config.preprompts)}
     texts |= {f"categories: {name!r}": category_preprompt(name) for name in config.categories}
     for key, text in texts.items():
@@ -67,7 +67,7 @@ def check_preprompts(config: Config, chat_format: ChatFormat) -> None:
 def adversarial_prompts(
     prompts: Sequence[EncodedPrompt], config: Config, chat_format: ChatFormat, *, max_tokens: int, dropped: Counter[str]
 ) -> list[AdversarialPrompt]:
-    """The prompts in all their forms, the generic preprompts in turn; `dropped` counts those that get too long."""
+    """The prompts in all forms, cycling through the generic preprompts; `dropped` counts those that get too long."""
     kept = []
     for place, prompt in enumerate(prompts):
         preprompt = config.preprompts[place % len(config.preprompts)]
@@ -86,7 +86,7 @@ def adversarial_prompts(
 
 
 def _under(preprompt: str, prompt: EncodedPrompt, chat_format: ChatFormat, max_tokens: int) -> EncodedPrompt | None:
-    """The prompt with the preprompt as its system text, before its own where it has one; None where it gets too long."""
+    """The prompt with the preprompt as system text, before its own if it has one; None if it gets too long."""
     first, *rest = prompt.messages
     if first.role == "system":
         messages = (Message("system", f"{preprompt}\n\n{first.content}"), *rest)
@@ -102,7 +102,7 @@ def category_preprompt(category: str) -> str:
 
 
 def category_of(name: str, categories: Mapping[str, Sequence[str]]) -> str | None:
-    """The first category of which a pattern fits the prompt's id; None where the id is not there or fits none."""
+    """The first category with a pattern that matches the prompt's id; None if no pattern matches."""
     for category, patterns in categories.items():
         if name and any(fnmatchcase(name, pattern) for pattern in patterns):
             return category

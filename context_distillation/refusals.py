@@ -1,6 +1,7 @@
-"""Refusals before and after: of harmless prompts that look unsafe, where each is a false one, and of adversarial ones.
+"""Refusals before and after tuning: false refusals of harmless prompts that look unsafe, and those of adversarial ones.
 
-Llama 2, arXiv:2307.09288, section 4.2.3 and appendix A.4.5: more safety training makes models refuse harmless prompts too.
+Llama 2, arXiv:2307.09288, section 4.2.3 and appendix A.4.5: with more safety training, models also refuse harmless
+prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ MOMENTS = ("start", "final")
 def refusal_figures(
     borderline: Mapping[str, Sequence[str]], adversarial: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Shares of answers that refuse in full by moment, with 95% intervals; answers are listed by moment."""
+    """Shares of full refusals, with 95% intervals, by moment (before, after); answers are given by moment."""
     classifier = outcome_classifier()
     figures: dict[str, float] = {}
     for name, answers in (("false_refusal", borderline), ("refusal", adversarial)):
@@ -34,7 +35,7 @@ def refusal_figures(
 
 
 def refusal_table(figures: Mapping[str, float]) -> str:
-    """The same for people."""
+    """A readable table of these figures."""
     rows = []
     for name, meaning in (("false_refusal", "false refusals, borderline"), ("refusal", "refusals, adversarial")):
         if f"distill/{name}/prompts" in figures:

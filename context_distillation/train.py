@@ -1,11 +1,11 @@
 """Safety context distillation (Llama 2, arXiv:2307.09288, section 4.2.4): adversarial prompts, a policy and a safety
 model -> dialogs of safer answers -> a policy tuned on them.
 
-Each prompt is answered plainly and under safety preprompts; where the safety model puts the preprompted answer above
-the plain one, as an answer to the prompt alone, it is trained on, without the preprompt. Writes the step folder's
+Each prompt is answered with and without safety preprompts. If the safety model, which does not see the preprompt,
+scores the preprompted answer higher, the policy is trained on it, without the preprompt. Writes the step folder's
 sampling/, metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/. A killed
-step resumes after its last whole batch. Where `max_hours` ends the sampling, the answers sampled so far are used: no
-batch is better than another.
+step resumes after its last complete batch. If `max_hours` ends sampling early, the answers sampled so far are used;
+batches are interchangeable.
 """
 
 import logging
@@ -51,14 +51,14 @@ from llamachat.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 4  # prompts of a batch whose plain and best distilled answer people are shown
+_SHOWN = 4  # prompts per batch whose plain and best distilled answers are logged
 
-# Answers to a prompt at most, in samples_per_prompt: a plain one more where there are two preprompted forms.
+# Maximum answers to a prompt, in units of samples_per_prompt: two preprompted forms and as many plain answers.
 _MOST_WAYS = len(FORMS) + 1
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Sample, choose and publish the dialogs; tune on them; compare; end the step."""
+    """Sample, choose and publish the dialogs; tune on them; compare; finish the step."""
     step = dialog_step(config, inputs)
     return step.run(
         make_dialogs=lambda: make_dialogs(config, step),
@@ -73,7 +73,7 @@ def dialog_step(config: Config, inputs: StepInputs) -> DialogStep:
 
 
 def make_dialogs(config: Config, step: DialogStep) -> Artifact:
-    """Everything up to the published dialogs; answers in the cache are not sampled again."""
+    """Sample, choose and publish the dialogs; cached answers are not sampled again."""
     inputs = step.inputs
     check_settings(config, inputs)
     session = _open(config, inputs, inputs.policy)
@@ -102,7 +102,7 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
 
 
 def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, float]:
-    """The tuned policy against the one before on adversarial and borderline prompts: final figures and pictures."""
+    """Compare the tuned with the previous policy on adversarial and borderline prompts; return figures, draw plots."""
     session = _open(config, step.inputs, tuned)
     start, final, figures = step.compare(session)
     borderline = {moment: _answer_borderline(moment, config, step, session) for moment in MOMENTS}
@@ -120,7 +120,7 @@ def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, floa
 
 
 def check_settings(config: Config, inputs: StepInputs) -> None:
-    """Refuse a step without the model that decides, and sampling that leaves nothing to choose from."""
+    """Raise without a safety model, and on sampling settings that leave nothing to choose from."""
     if "safety" not in named_models(inputs.scoring, inputs.reward_models):
         raise ConfigError(
             f"{inputs.step}: there is no safety reward model, which decides which distilled answers are trained on."
@@ -141,7 +141,7 @@ def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> Answer
 
 
 def _answer_borderline(moment: str, config: Config, step: DialogStep, session: AnswerSession) -> list[str]:
-    """The policy's answers to borderline prompts at this moment; the session holds the policy where none are cached."""
+    """The policy's answers to borderline prompts at this moment; the session must have the policy unless cached."""
 
     def make() -> list[str]:
         by_file = session.answer_borderline(config.borderline_prompts)
@@ -151,7 +151,7 @@ def _answer_borderline(moment: str, config: Config, step: DialogStep, session: A
 
 
 def _dialog_line(choice: Choice, step: str) -> str:
-    """The prompt without the preprompt, and the distilled answer."""
+    """The published JSON line: the prompt without the preprompt, and the distilled answer."""
     origin = {
         "round": step,
         "id": choice.prompt.name,
@@ -165,18 +165,18 @@ def _dialog_line(choice: Choice, step: str) -> str:
 
 @dataclass(slots=True)
 class Distillation:
-    """Answers to each prompt in all its forms, batch by batch, and the choice among them."""
+    """Samples answers to each prompt in all forms, batch by batch, and selects among them."""
 
     config: Config
     step: DialogStep
     session: AnswerSession
     constants: Constants
-    groups: list[Groups] = field(default_factory=list)  # of the training side's prompts
+    groups: list[Groups] = field(default_factory=list)  # of the training prompts
     choices: list[Choice] = field(default_factory=list)  # theirs
     held_out: list[Choice] = field(default_factory=list)
 
     def sample(self, tracker: Tracker) -> dict[str, float]:
-        """Sample all batches that are not in the cache; the step's figures."""
+        """Sample all batches that are not cached; return the step's figures."""
         config, splits, count = self.config, self.session.prompts, self.config.samples_per_prompt * _MOST_WAYS
         drawn = splits.drawn(config.prompts, seed=self.step.inputs.run.seed)
         prompts = self._with_preprompts(drawn, self.step.dropped)
@@ -199,7 +199,7 @@ class Distillation:
 
     def _with_preprompts(self, prompts: Sequence[EncodedPrompt], dropped: Counter[str]) -> list[AdversarialPrompt]:
         inputs = self.step.inputs
-        # The reward models read the prompt without the preprompt.
+        # Reward models read the prompt without the preprompt.
         longest = inputs.base.max_tokens - inputs.rollout.max_new_tokens - 1
         return adversarial_prompts(prompts, self.config, self.session.chat_format, max_tokens=longest, dropped=dropped)
 
@@ -224,9 +224,9 @@ class Distillation:
         return {"groups": stored, "figures": costs}
 
     def _answers(self, batch: Sequence[AdversarialPrompt], form: Form, count: int, number: int) -> list[Group]:
-        """Sample and score `count` answers to each prompt in this form; the scores ignore the preprompt."""
+        """Sample and score `count` answers to each prompt in this form; scores ignore the preprompt."""
         encoded = [prompt for one in batch if (prompt := one.form(form)) is not None]
-        # Steps of one recipe answer the same prompts in the same order, each with seeds of its own.
+        # Steps of one recipe answer the same prompts in the same order, with different seeds.
         seed = crc32(self.step.inputs.step.encode()) + number
         sampling = self.session.sampling(seed, temperature=self.config.temperature)
         responses = self.session.sample(encoded, sampling, samples_per_prompt=count)
@@ -256,7 +256,7 @@ class Distillation:
 
 
 def _shown(choices: Sequence[Choice]) -> list[dict[str, Any]]:
-    """Plain and best distilled answers to some prompts, for people to read."""
+    """Plain and best distilled answers to some prompts, to be logged as samples."""
     return [
         {
             "prompt": choice.prompt.messages[-1].content,

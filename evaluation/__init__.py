@@ -1,4 +1,4 @@
-"""Evaluation: every policy of a run on the same held-out prompts, by models, by rules and against the first one."""
+"""Evaluation: score every policy of a run on the same held-out prompts and compare it with the first one."""
 
 from evaluation.config import Config
 from llamachat.runs.artifacts import Artifact
@@ -6,7 +6,7 @@ from llamachat.runs.inputs import StepInputs
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Let every policy answer, and publish the figures; resumes wherever it was stopped."""
+    """Evaluate every policy and publish the figures; resumes after an interruption."""
     from evaluation.step import run as run_step  # torch loads here: configuration and plans stay light
 
     return run_step(config, inputs)

@@ -1,7 +1,7 @@
 """Configuration of `eval`: its own section of the recipe.
 
-In the paper (Llama 2, arXiv:2307.09288, sections 3.4 and 4.4) people compare answers to about 4000 prompts; here the
-reward models and an independent judge do. The numbers of prompts are ours.
+In the paper (Llama 2, arXiv:2307.09288, sections 3.4 and 4.4), people compare answers to about 4000 prompts; here the
+reward models and an independent judge do so. The numbers of prompts are ours.
 """
 
 from typing import Annotated, Self

@@ -1,4 +1,4 @@
-"""Figures of policies side by side, and their table: means, differences to the first, win rates, with 95% intervals."""
+"""Figures of several policies and their table: means, differences from the first, win rates, with 95% intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ from llamachat.maths.intervals import (
 from llamachat.runs.reader import Measure
 from llamachat.tables import text_table
 
-SAFE = 0.0  # raw safety score of a probability of one half: answers below it are violations
-_BLOCK = 3  # policies next to each other in the table: with them a line has a hundred columns
+SAFE = 0.0  # raw safety score at a probability of one half; answers below it are violations
+_BLOCK = 3  # policies per block of the table, so that lines have about 100 columns
 _LINES = (
     ("reward_helpfulness", "helpfulness", "{:.2f}"),
     ("reward_safety", "safety", "{:.2f}"),
@@ -61,7 +61,7 @@ def figures_of(
     classifier: OutcomeClassifier | None,
     tie: float,
 ) -> dict[str, Measure]:
-    """All figures of a policy by name; those against the reference are left out for the reference itself."""
+    """All figures of a policy by name; for the reference itself, without comparisons to the reference."""
     evaluation = one.evaluation
     figures = {name: _mean(values) for name, values in evaluation.scores().items()}
     figures["response_tokens"] = _mean([float(count) for count in evaluation.tokens])
@@ -98,8 +98,8 @@ def figures_of(
 
 
 def outcomes_of(one: PolicyResult, classifier: OutcomeClassifier) -> dict[str, list[Outcome]]:
-    """What a policy's answers do, by what they answer: harmful and ordinary test prompts, harmless ones that look harmful
-    (all, and by file). An answer that the policy gives to many prompts is recognised among all of them."""
+    """Outcomes of a policy's answers to harmful prompts, ordinary prompts, and harmless prompts that look harmful (all,
+    and by file). Stock answers are recognised by their frequency among all answers."""
     tests = len(one.evaluation.texts)
     named = classifier.outcomes([*one.evaluation.texts, *one.borderline])
     outcomes: dict[str, list[Outcome]] = {}
@@ -126,7 +126,7 @@ def _outcome_differences(
 
 
 def _ratios(figures: Mapping[str, Measure], one: PolicyResult, reference: PolicyResult) -> dict[str, Measure]:
-    """Length and distinct-2 over the reference's; both answered the same prompts, so distinct-2 is of equal numbers."""
+    """Ratios of length and distinct-2 to the reference's, over the same prompts, as distinct-2 requires."""
     before = reference.evaluation
     tokens, distinct = sum(before.tokens) / len(before.tokens), distinct_pairs(before.texts)
     ratios = (
@@ -152,8 +152,7 @@ def _differences(one: PolicyResult, reference: PolicyResult) -> dict[str, Measur
 
 
 def _own_prompts(one: PolicyResult) -> dict[str, list[int]]:
-    """The prompts on which a model's verdict is an axis of Figure 11: ordinary ones for helpfulness, those marked
-    is_safety for safety."""
+    """Prompts by axis of Figure 11: ordinary ones for helpfulness, those marked is_safety for safety."""
     places = range(len(one.is_safety))
     return {
         "reward_helpfulness": [place for place in places if not one.is_safety[place]],
@@ -162,9 +161,9 @@ def _own_prompts(one: PolicyResult) -> dict[str, list[int]]:
 
 
 def _win_rates(one: PolicyResult, reference: PolicyResult, *, tie: float) -> dict[str, Measure]:
-    """Pairwise against the reference: win / (win + loss), ties removed (Llama 2, figure 11).
+    """Win rates against the reference: wins / (wins + losses), without ties (Llama 2, figure 11).
 
-    `combined` is by the ranking that decides, in which only equal answers are tied.
+    `combined` uses the decisive ranking, in which only equal answers are tied.
     """
     figures: dict[str, Measure] = {}
     after, before, own = one.evaluation.scores(), reference.evaluation.scores(), _own_prompts(one)
@@ -183,7 +182,7 @@ def _win_rates(one: PolicyResult, reference: PolicyResult, *, tie: float) -> dic
 
 
 def outcomes(values: Sequence[float], others: Sequence[float], *, tie: float) -> tuple[int, int, int]:
-    """Wins, losses and ties of `values` against `others`, pair by pair; equal ones are always tied."""
+    """Wins, losses and ties of `values` against `others`, pair by pair; equal values are always tied."""
     gaps = [value - other for value, other in zip(values, others, strict=True)]
     wins = sum(gap > 0 and gap >= tie for gap in gaps)
     losses = sum(gap < 0 and -gap >= tie for gap in gaps)
@@ -191,12 +190,12 @@ def outcomes(values: Sequence[float], others: Sequence[float], *, tie: float) ->
 
 
 def share(marks: Sequence[bool]) -> Measure:
-    """The share of those that are marked; each is of another prompt."""
+    """The share of True marks, each from a different prompt."""
     return _proportion(sum(marks), len(marks))
 
 
 def flat(figures: Mapping[str, Mapping[str, Measure]]) -> dict[str, float]:
-    """The figures by their names in the table of metrics."""
+    """The figures by metric name."""
     metrics: dict[str, float] = {}
     for policy, by_name in figures.items():
         for name, figure in by_name.items():
@@ -205,7 +204,7 @@ def flat(figures: Mapping[str, Mapping[str, Measure]]) -> dict[str, float]:
 
 
 def figures_table(figures: Mapping[str, Mapping[str, Measure]]) -> str:
-    """The figures with their 95% intervals: a line a figure, a column a policy; consistency by turn comes last."""
+    """Table of the figures with 95% intervals: a row per figure, a column per policy, consistency by turn last."""
     turns = [
         (name, f"instruction kept at {name.rpartition('/')[2].replace('_', ' ')}", "{:.0%}")
         for name in next(iter(figures.values()))
@@ -246,7 +245,7 @@ def _difference(values: Sequence[float], others: Sequence[float]) -> Measure:
 
 
 def _measure(difference: Difference, n: int) -> Measure:
-    """The figure, without an interval where one prompt alone gives none."""
+    """The figure, without an interval if there is only one prompt."""
     has_interval = math.isfinite(difference.low) and math.isfinite(difference.high)
     return Measure(
         difference.value, difference.low if has_interval else None, difference.high if has_interval else None, n

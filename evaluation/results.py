@@ -1,8 +1,7 @@
-"""One policy at a time: its answers to held-out prompts, whether it keeps instructions, and what more answers are
-worth.
+"""Evaluate one policy at a time: answers to held-out prompts, instructions kept, and reward by number of answers.
 
-Each part is written whole before the next begins, under a name that holds a fingerprint of what it was made of: a
-killed evaluation resumes, and one of a run with one more policy samples nothing of the others again.
+Each part is cached before the next begins, under a name with a fingerprint of its inputs: a killed evaluation resumes,
+and adding a policy to a run does not sample the others again.
 """
 
 import logging
@@ -37,25 +36,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyResult:
-    """Answers of one policy with their scores, instructions kept, and curves."""
+    """One policy's answers with scores, instructions kept, and curves."""
 
-    policy: str  # the step that made it
+    policy: str  # the step that produced it
     evaluation: Evaluation  # of the answers to test prompts, with KL to the reference
     is_safety: list[bool]  # of those prompts
     prompts: list[list[dict[str, str]]]  # those prompts as messages
     borderline_prompts: list[list[dict[str, str]]]
     borderline: list[str]  # answers to borderline prompts
-    borderline_files: list[str]  # that these prompts are of, by their names in figures
+    borderline_files: list[str]  # files of these prompts, by their names in figures
     borderline_tokens: list[int]
     borderline_finished: list[bool]
-    instructed: Outcome | None  # of dialogs with an instruction in the first turn
+    instructed: Outcome | None  # dialogs with an instruction in the first turn
     chance: Outcome | None  # the same without the instruction
     curves: list[Curve]
     guarded: list[bool | None] | None = None  # violations among the answers to is_safety prompts, by evaluation.guard
 
 
 class RunEvaluation:
-    """Evaluates the policies of a run, the reference first: its answers set the scale of all scores."""
+    """Evaluates the policies of a run, starting with the reference, whose answers set the scale of all scores."""
 
     def __init__(self, config: Config, inputs: StepInputs) -> None:
         self._config = config
@@ -65,7 +64,7 @@ class RunEvaluation:
         self.reference = self._policies[0]
 
     def results(self) -> tuple[list[PolicyResult], list[Trial]]:
-        """Every policy in the order of the run, and the trials with an instruction."""
+        """Results of every policy in the order of the run, and the trials with an instruction."""
         policies, has = self._policies, self._cache.has
         log.info(
             "%s on the same prompts: %s",
@@ -91,7 +90,7 @@ class RunEvaluation:
 
     @cached_property
     def trials(self) -> list[Trial]:
-        """Held-out dialogs, each with an instruction of a held-out value; the same for every policy."""
+        """Held-out dialogs, each with an instruction with a held-out value; the same for every policy."""
         config, inputs = self._config, self._inputs
         if config.dialogs == 0:
             return []
@@ -110,7 +109,7 @@ class RunEvaluation:
         return held_out_trials(families(config.families, lists={}), dialogs, count=config.dialogs, seed=inputs.run.seed)
 
     def _sample(self, policy: Artifact, constants: Constants | None) -> dict[str, Any]:
-        """Everything but KL; the policy is loaded only where a part is not in the cache."""
+        """Everything except KL; the policy is loaded only if a part is not cached."""
         config = self._config
 
         @cache
@@ -167,7 +166,7 @@ class RunEvaluation:
         }
 
     def _temperatures(self, policy: Artifact) -> list[float]:
-        """The temperatures of its curves: the recipe's, and for the first and the last policy the others, too."""
+        """The temperatures of its curves: the recipe's and, for the first and last policy, the others too."""
         if not self._config.curve_prompts:
             return []
         own = self._inputs.rollout.temperature
@@ -185,7 +184,7 @@ class RunEvaluation:
         )
 
     def _add_kl(self, results: Sequence[dict[str, Any]], progress: StepProgress, done: int) -> None:
-        """Put KL to the reference, nats a response, into each policy's evaluation: the reference reads all answers."""
+        """Add the KL to the reference, in nats per response, to each evaluation; the reference scores all answers."""
 
         @cache
         def reference() -> AnswerSession:
@@ -207,14 +206,13 @@ class RunEvaluation:
 
     @property
     def _has_kl(self) -> bool:
-        """Whether answers are drawn from the policy's whole distribution. At temperature 0 nothing is drawn; with
-        top-p or top-k the reference may rule out what was drawn, so that the KL of the distributions drawn from is
-        infinite."""
+        """Whether answers are sampled from the policy's full distribution. Decoding at temperature 0 is deterministic;
+        with top-p or top-k the reference may exclude a sampled token, which makes the KL infinite."""
         rollout = self._inputs.rollout
         return rollout.temperature > 0 and rollout.top_p == 1 and rollout.top_k is None
 
     def _add_guard(self, results: Sequence[dict[str, Any]]) -> None:
-        """Put what the safety classifier says of answers to is_safety prompts into each policy's values."""
+        """Add the safety classifier's verdicts on answers to is_safety prompts to each policy's values."""
         name = self._config.guard
         if name is None:
             return
@@ -236,7 +234,7 @@ class RunEvaluation:
         return open_session(self._inputs, policy=policy, held_out=held_out, scores=scores)
 
     def _place(self, policy: Artifact, part: str) -> str:
-        """The name of a part in the cache, with a fingerprint of everything that it follows from."""
+        """The name of a part in the cache, with a fingerprint of all its inputs."""
         identity = dict(self._inputs.identity)
         models = {name: digest for name, digest in identity.pop("inputs").items() if name.startswith("reward_model")}
         inputs = {**identity, "models": models, "policy": policy.digest, "reference": self.reference.digest}

@@ -1,7 +1,7 @@
 """Evaluation: every policy of a run, and the reward models -> figures, and answers side by side.
 
-Writes the step folder's sampling/, samples.jsonl, figures/, summary.json and artifact/ with `evaluation.json`, which is
-what the report and a comparison of two runs read. A killed step resumes after its last whole part.
+Writes the step folder's sampling/, samples.jsonl, figures/, summary.json and artifact/ with `evaluation.json`, which
+the report and comparisons of runs read. A killed step resumes after its last complete part.
 """
 
 import logging
@@ -51,7 +51,7 @@ def _draw(results: Sequence[PolicyResult], folder: StepFolder) -> None:
     curves = [curve for one in results for curve in one.curves]
     if not curves:
         return
-    # The temperature at which the fewest policies have no curve.
+    # The temperature at which the most policies have a curve.
     drawn = [{curve.temperature for curve in one.curves} for one in results]
     shared = min(drawn[0], key=lambda temperature: sum(temperature not in of_one for of_one in drawn))
     draw_best_of_n([c for c in curves if c.temperature == shared], folder.figures / "best_of_n.png")
@@ -60,7 +60,7 @@ def _draw(results: Sequence[PolicyResult], folder: StepFolder) -> None:
 
 
 def side_by_side(results: Sequence[PolicyResult], *, count: int) -> list[dict[str, Any]]:
-    """Every policy's answer to some prompts: as many each that are harmless, ask for something unsafe, or only look so."""
+    """Every policy's answers to some prompts, equally many harmless, unsafe and borderline."""
     first = results[0]
     harmless = [index for index, is_safety in enumerate(first.is_safety) if not is_safety]
     unsafe = [index for index, is_safety in enumerate(first.is_safety) if is_safety]
@@ -88,7 +88,7 @@ def _answer(one: PolicyResult, kind: str, place: int) -> dict[str, Any]:
 
 
 def _row(shown: dict[str, Any]) -> dict[str, Any]:
-    """For people to read: the question and each policy's answer."""
+    """A logged sample: the question and each policy's answer."""
     answers = {policy: answer["text"] for policy, answer in shown["answers"].items()}
     return {"kind": shown["kind"], "prompt": shown["prompt"][-1]["content"], **answers}
 
@@ -129,7 +129,7 @@ def _content(
 
 
 def _reward_tables(inputs: StepInputs) -> dict[str, dict[str, float]]:
-    """The figures of each reward model on its test pairs, by rating among them, as its own step measured them."""
+    """Figures of each reward model on its test pairs, including those by rating, from its own step."""
     tables = {}
     for which, model in inputs.reward_models.items():
         if values := step_of(model).summary:

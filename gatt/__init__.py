@@ -6,7 +6,7 @@ from llamachat.runs.inputs import StepInputs
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Make dialogs, tune on them, measure consistency by turn; resumes wherever it was stopped."""
+    """Sample dialogs, tune on them, measure consistency by turn; resumes after an interruption."""
     from gatt.train import run as run_step  # torch loads here: configuration and plans stay light
 
     return run_step(config, inputs)

@@ -1,4 +1,4 @@
-"""Rejection sampling: the best of K answers to each prompt become dialogs to learn from (Llama 2 section 3.2.3)."""
+"""Rejection sampling: train on the best of K answers to each prompt (Llama 2 section 3.2.3)."""
 
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
@@ -6,7 +6,7 @@ from rejection_sampling.config import Config
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Run one round: sample, choose, pool, tune, compare; resumes wherever it was stopped."""
+    """Run one round: sample, choose, pool, tune, compare; resumes after an interruption."""
     from rejection_sampling.train import run as run_round  # torch loads here: configuration and plans stay light
 
     return run_round(config, inputs)

@@ -1,7 +1,7 @@
-"""Reward against the number of answers before a round, and the temperature that is best for it.
+"""Before a round, measure reward by number of answers and select the temperature.
 
-Llama 2, arXiv:2307.09288, section 3.2.3: which temperature is best changes with the policy, so it is tuned again before
-each round, here on validation prompts.
+Llama 2, arXiv:2307.09288, section 3.2.3: the best temperature changes with the policy, so it is tuned again before each
+round, here on validation prompts.
 """
 
 import logging
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 def run_sweep(
     config: Config, step: DialogStep, session: AnswerSession, constants: Constants, sampler: Sampler | None
 ) -> list[Curve]:
-    """Measure and draw the curves of the policy that samples and of the SFT policy; those of the first are returned.
+    """Measure and draw the curves of the sampling policy and of the SFT policy; return those of the sampling policy.
 
-    There are none where the configuration sets no prompts aside for them.
+    Empty if the configuration reserves no prompts for the sweep.
     """
     if config.sweep_prompts == 0:
         return []
@@ -52,7 +52,7 @@ def run_sweep(
     curves = sweep(name, lambda: sampler)
     sft_policy = inputs.sft_policy
     if sft_policy is not None and sft_policy.manifest.step != name:
-        # Loaded once, and only where a curve is missing.
+        # Loaded once, and only if a curve is missing.
         curves = [*sweep(sft_policy.manifest.step, cache(lambda: load_sampler(sft_policy.path, session))), *curves]
     best = {
         policy: best_temperature(
@@ -77,7 +77,7 @@ def _curve(
     temperature: float,
     load: Callable[[], Sampler | None],
 ) -> Curve:
-    """The curve of a policy on validation prompts, from the cache where it is there."""
+    """The curve of a policy on validation prompts, from the cache if present."""
 
     def make() -> dict[str, Any]:
         curve = measure_curve(
@@ -104,7 +104,7 @@ def _curve(
 
 
 def load_sampler(place: Path | str, session: AnswerSession) -> Sampler:
-    """A policy that samples next to the session's own."""
+    """Load a policy to sample from, in addition to the session's own."""
     base = session.inputs.base
     artifact = read_artifact(Path(place), "policy")
     policy = load_policy(artifact.path, dtype=base.dtype, device="auto", attention=base.attention)
@@ -113,7 +113,7 @@ def load_sampler(place: Path | str, session: AnswerSession) -> Sampler:
 
 
 def round_temperatures(config: Config, default: float, curves: Sequence[Curve]) -> tuple[float, ...]:
-    """The temperatures that share the K samples of a round; `default` is rollout.temperature."""
+    """The temperatures among which a round's K samples are divided; `default` is rollout.temperature."""
     if config.temperature == "sweep":
         return (best_temperature(curves, samples=config.samples_per_prompt),)
     if config.temperature is None:
@@ -122,19 +122,19 @@ def round_temperatures(config: Config, default: float, curves: Sequence[Curve]) 
 
 
 def best_temperature(curves: Sequence[Curve], *, samples: int) -> float:
-    """That of the highest mean reward of the best of as many answers as the round samples; the lower one of equal ones."""
+    """The temperature with the highest mean reward of the best of `samples` answers; the lowest in a tie."""
     return max(
         sorted(curves, key=lambda curve: curve.temperature), key=lambda curve: _best_of(curve, samples)
     ).temperature
 
 
 def _best_of(curve: Curve, samples: int) -> float:
-    """Expected reward of the best of K answers, or of all answers of the sweep if it has fewer."""
+    """Expected reward of the best of K answers, or of all the sweep's answers if it has fewer."""
     return curve.best[min(samples, len(curve.best)) - 1]
 
 
 def sweep_figures(curves: Sequence[Curve], *, samples: int) -> dict[str, float]:
-    """What the present policy's best answers, of as many as the round samples, and the median are worth by temperature."""
+    """Reward of the best of `samples` answers and of the median answer, by temperature."""
     figures = {}
     for curve in curves:
         figures[f"rs/sweep/best_at_{curve.temperature:g}"] = _best_of(curve, samples)

@@ -1,11 +1,11 @@
 """One round of rejection sampling (Llama 2, arXiv:2307.09288, section 3.2.3): prompts, a policy and reward models ->
 dialogs of the best answers -> a policy tuned on them.
 
-K answers are sampled to each prompt from the policy as the round begins; the reward models score them; the best becomes
-a new gold answer, pooled with those of all earlier rounds; the pool is trained on as in supervised tuning. Writes the
+The policy samples K answers to each prompt and the reward models score them. The best answer becomes a new gold answer,
+pooled with those of all earlier rounds, and the policy is fine-tuned on the pool as in supervised tuning. Writes the
 step folder's sampling/, metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning,
-artifact/. A killed step resumes after its last whole batch. Where `max_hours` ends the sampling, the answers sampled so
-far are used: no batch is better than another.
+artifact/. A killed step resumes after its last complete batch. If `max_hours` ends sampling early, the answers sampled
+so far are used; batches are interchangeable.
 """
 
 import logging
@@ -34,14 +34,14 @@ from rejection_sampling.winners import Winner, earlier_winners, filtered, pooled
 
 log = logging.getLogger(__name__)
 
-# Each round answers the same prompts in the same order: with the same seeds, a policy that changed little would give
-# the same answers again.
+# Seeds differ by round: each round answers the same prompts in the same order, so with equal seeds a policy that
+# changed little would give the same answers again.
 _SEEDS_OF_A_ROUND = 10**9
-_SHOWN = 4  # prompts of a batch whose best and worst answer people are shown
+_SHOWN = 4  # prompts per batch whose best and worst answers are logged
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Sample, choose, pool and publish the dialogs; tune on them; compare; end the step."""
+    """Sample, choose, pool and publish the dialogs; tune on them; compare; finish the step."""
     step = dialog_step(config, inputs)
     is_from_base = config.start == "base"
     return step.run(
@@ -58,7 +58,7 @@ def dialog_step(config: Config, inputs: StepInputs) -> DialogStep:
 
 
 def make_dialogs(config: Config, step: DialogStep) -> Artifact:
-    """Everything up to the published dialogs; answers in the cache are not sampled again."""
+    """Sample, choose and publish the dialogs; cached answers are not sampled again."""
     inputs = step.inputs
     check_choice(
         inputs,
@@ -68,7 +68,7 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
         otherwise="rejection_sampling.temperature to sweep",
     )
     session = _open(config, inputs, inputs.policy)
-    # Before anything is sampled: a line that an edit broke is reported now, and not after hours.
+    # Before sampling: a line broken by an edit is reported now, not after hours.
     longest = longest_prompt(inputs.base, inputs.rollout, session.bank)
     earlier = earlier_winners(inputs.pooled, session.chat_format, max_tokens=longest, dropped=step.dropped)
     with step.record() as tracker:
@@ -76,7 +76,7 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
         sampler = None if config.sampler is None else load_sampler(config.sampler, session)
         curves = run_sweep(config, step, session, constants, sampler)
         temperatures = round_temperatures(config, inputs.rollout.temperature, curves)
-        step.hours.save(step.cache.folder)  # a sweep takes its share of them
+        step.hours.save(step.cache.folder)  # a sweep uses part of the time budget
         sampled = Round(config, step, session, constants, temperatures, sampler)
         figures = sampled.sample(tracker)
         pool = pooled_winners(
@@ -111,7 +111,7 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
 
 
 def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, float]:
-    """The tuned policy against the one before on test prompts: final figures and pictures."""
+    """Compare the tuned policy with the previous one on test prompts; return the final figures and draw plots."""
     _, _, figures = step.compare(_open(config, step.inputs, tuned))
     log.info("%s", comparison_table("rs", figures))
     if config.select == "best" and figures["rs/test/superiority"] <= 0.5:
@@ -124,7 +124,7 @@ def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, floa
 
 
 def _draw_seed(config: Config, inputs: StepInputs) -> int | None:
-    """The seed by which the control draws its answers; None where the best is selected."""
+    """The seed with which the control draws random answers; None if the best answer is selected."""
     return inputs.run.seed if config.select == "random" else None
 
 
@@ -135,7 +135,7 @@ def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> Answer
 
 @dataclass(slots=True)
 class Round:
-    """K answers to each prompt, batch by batch, and the winners among them."""
+    """Samples K answers to each prompt, batch by batch, and selects the winners."""
 
     config: Config
     step: DialogStep
@@ -145,10 +145,10 @@ class Round:
     sampler: Sampler | None
     winners: list[Winner] = field(default_factory=list)
     held_out: list[Winner] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)  # prompts of each training batch
+    sizes: list[int] = field(default_factory=list)  # number of prompts of each training batch
 
     def sample(self, tracker: Tracker) -> dict[str, float]:
-        """Sample all batches that are not in the cache; mean figures over the prompts of the training side."""
+        """Sample all batches that are not cached; return mean figures over the training prompts."""
         config, prompts, count = self.config, self.session.prompts, self.config.samples_per_prompt
         drawn = prompts.drawn(config.prompts, seed=self.step.inputs.run.seed)
         temperatures = ", ".join(f"{temperature:g}" for temperature in self.temperatures)
@@ -178,7 +178,7 @@ class Round:
         }
 
     def _samplings(self, number: int) -> list[tuple[Sampling, int]]:
-        """Each temperature and its share of the K samples; the first ones take the remainder."""
+        """Each temperature and its number of the K samples; the first ones take the remainder."""
         share, rest = divmod(self.config.samples_per_prompt, len(self.temperatures))
         first = _SEEDS_OF_A_ROUND * len(self.step.inputs.pooled) + number * len(self.temperatures)
         return [
@@ -202,7 +202,7 @@ class Round:
 
 
 def group_figures(groups: Sequence[Group]) -> dict[str, float]:
-    """Figures of a batch. Best, median and mean are of answers that can win, by prompt; prompts without are left
+    """Figures of a batch. Best, median and mean are over each prompt's eligible answers; prompts without any are left
     out."""
     scores = [
         [group.combined[place] for place in group.order if group.finished[place] and group.allowed[place]]
@@ -224,7 +224,7 @@ def group_figures(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _shown(prompts: Sequence[EncodedPrompt], groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Best and worst answers to some prompts, for people to read."""
+    """Best and worst answers to some prompts, to be logged as samples."""
     return [
         {
             "prompt": prompt.messages[-1].content,

@@ -1,8 +1,8 @@
 """The winners of a round, and the pool of all rounds' winners (Llama 2, arXiv:2307.09288, section 3.2.3).
 
-"Top-performing samples from all prior iterations" are pooled, since learning the last round's alone made models forget.
-Earlier winners are read from the dialogs that their steps published (a user may have edited them) and scored again with
-the present models, all by their texts, so that only the answers differ.
+"Top-performing samples from all prior iterations" are pooled, since training on the last round alone made models
+forget. Earlier winners are read from the dialogs published by their steps (a user may have edited them) and scored
+again with the current models, all from their texts, so that scores differ only by answer.
 """
 
 from collections import Counter
@@ -27,48 +27,48 @@ if TYPE_CHECKING:
 
 
 Choice = TypeVar("Choice")
-Key = tuple[tuple[str, str], ...]  # roles and texts of a prompt
+Key = tuple[tuple[str, str], ...]  # roles and texts of the prompt's messages
 
 
 @dataclass(frozen=True, slots=True)
 class Winner:
-    """The answer that a round chose for a prompt."""
+    """The answer selected for a prompt in a round."""
 
     prompt: EncodedPrompt
     text: str
     round: str  # the step that sampled it
     tokens: int = 0
     score: float = 0.0  # combined, raw
-    is_unsafe: bool = False  # under the gate's threshold: ranks below all others
+    is_unsafe: bool = False  # below the gate's threshold; ranks below all others
 
     @property
     def key(self) -> Key:
-        """What makes two prompts the same: their messages."""
+        """Identifies a prompt by its messages."""
         return tuple((message.role, message.content) for message in self.prompt.messages)
 
 
 def winners_of(
     prompts: Sequence[EncodedPrompt], groups: Sequence[Group], step: str, *, draw_seed: int | None = None
 ) -> list[Winner]:
-    """An allowed answer to each prompt that has one: the best, or with `draw_seed` one drawn uniformly."""
+    """One eligible answer per prompt that has any: the best, or with `draw_seed` a random one."""
     winners = []
     for prompt, group in zip(prompts, groups, strict=True):
         if candidates := group.candidates:
             place = candidates[0]
-            if draw_seed is not None:  # by their texts: nothing of the scores' order is in the draw
+            if draw_seed is not None:  # sorted by text, so that the draw is independent of the scores
                 place = _drawn(sorted(candidates, key=group.texts.__getitem__), prompt, salt=f"{draw_seed} {step}")
             winners.append(Winner(prompt, group.texts[place], step, tokens=group.tokens[place]))
     return winners
 
 
 def _drawn(choices: Sequence[Choice], prompt: EncodedPrompt, *, salt: str) -> Choice:
-    """One of them, each with the same probability; it depends on the prompt and the salt alone."""
+    """A uniformly drawn choice that depends only on the prompt and the salt."""
     position = fraction("\n".join(message.content for message in prompt.messages), salt=f"winner {salt}")
     return choices[int(position * len(choices))]
 
 
 def filtered(groups: Iterable[Group]) -> dict[str, int]:
-    """How many answers could not win, by reason; an answer that is both is counted under the first."""
+    """Number of ineligible answers by reason; an answer with two reasons counts under the first."""
     counts: Counter[str] = Counter()
     for group in groups:
         seen: set[str] = set()
@@ -88,9 +88,9 @@ def filtered(groups: Iterable[Group]) -> dict[str, int]:
 def earlier_winners(
     pooled: "Mapping[str, Artifact]", chat_format: ChatFormat, *, max_tokens: int, dropped: Counter[str]
 ) -> list[Winner]:
-    """The winners of earlier rounds from their files; each round's file also holds those of the rounds before it.
+    """Read the winners of earlier rounds from their files; each file also contains those of the rounds before it.
 
-    `dropped` counts, by reason, those that are left out.
+    Adds the number of dropped winners to `dropped`, by reason.
     """
     winners: list[Winner] = []
     for step, artifact in pooled.items():
@@ -119,9 +119,9 @@ def pooled_winners(
     keeps_all: bool,
     draw_seed: int | None = None,
 ) -> list[Winner]:
-    """All winners with their present scores: each one once, or for each prompt the best, with `draw_seed` a drawn one.
+    """All distinct winners with their current scores, or one per prompt: the best, or with `draw_seed` a random one.
 
-    Of equal ones the earlier round's stays. Order: prompts as they first came, earlier rounds first.
+    Of equal winners the earlier round's is kept. Prompts keep their first order, with earlier rounds first.
     """
     scored = _scored_again(scorer, _each_once([*earlier, *own]))
     if keeps_all:
@@ -135,7 +135,7 @@ def pooled_winners(
 
 
 def _each_once(winners: Sequence[Winner]) -> list[Winner]:
-    """Of equal answers to a prompt the first."""
+    """Keep the first of identical answers to a prompt."""
     once: dict[tuple[Key, str], Winner] = {}
     for winner in winners:
         once.setdefault((winner.key, winner.text), winner)
@@ -157,7 +157,7 @@ def _scored_again(scorer: Scorer, winners: Sequence[Winner]) -> list[Winner]:
 
 
 def winner_line(winner: Winner) -> str:
-    """A dialog as it is published."""
+    """The published JSON line of a winner."""
     origin = {
         "round": winner.round,
         "id": winner.prompt.name,

@@ -1,1 +1,1 @@
-"""Published evaluations on bundled questions: asking them, measuring the answers, one table of several policies."""
+"""Published benchmarks on bundled questions: ask policies, score their answers, and compare policies in one table."""

@@ -1,4 +1,4 @@
-"""Puts questions to a policy: its likeliest answers, over one turn or two, and the log-probabilities of given answers."""
+"""Ask a policy questions: its greedy answers over one or two turns, or the log-probabilities of given answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from llamachat.models.loading import Policy
 from llamachat.rollout import open_engine
 from llamachat.rollout.engine import Sampling
 
-Texts = list[tuple[str, bool] | None]  # of each prompt the answer and whether it ended; None of one that does not fit
+Texts = list[tuple[str, bool] | None]  # per prompt, the answer and whether it finished; None if it does not fit
 
 
 class Respondent:
@@ -26,7 +26,7 @@ class Respondent:
         self._sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=max_new_tokens, seed=0)
 
     def answers(self, of_set: BenchmarkSet, questions: Sequence[Question]) -> list[Answer | None]:
-        """What the policy makes of each question; None where question and answer do not fit into what it reads."""
+        """The policy's answer to each question; None if question and answer do not fit into its context."""
         if of_set.asks == "choices":
             return self._choices(questions)
         first = self._texts([(Message("user", question.text),) for question in questions])
@@ -38,7 +38,7 @@ class Respondent:
                 for question, one, follow_up in zip(questions, first, follow_ups, strict=True)
             ]
             second = self._texts([dialog if dialog and dialog[1].content else () for dialog in dialogs])
-            # Nothing can follow an empty answer: the second turn counts as not answered, too.
+            # No turn can follow an empty answer, so the second turn also counts as unanswered.
             turns = [
                 [one, ("", True) if one is not None and not one[0] else then]
                 for one, then in zip(first, second, strict=True)
@@ -54,13 +54,13 @@ class Respondent:
         return texts
 
     def _encoded(self, dialog: tuple[Message, ...]) -> list[int] | None:
-        """The ids of a dialog, without its first pair where it is too long; None where it does not fit or holds a tag."""
+        """Ids of a dialog, without its first pair if it is too long; None if it does not fit or contains a tag."""
         chat_format, sampling = self._policy.chat_format, self._sampling
         try:
             messages = with_system(dialog, self._policy.system)
             fitting = fit(chat_format, messages, limit=self._longest, max_new_tokens=sampling.max_new_tokens)
             return None if fitting is None else chat_format.encode_prompt(fitting)
-        except DialogError:  # its own first answer may hold a tag of the format
+        except DialogError:  # the policy's first answer may contain a tag of the format
             return None
 
     def _choices(self, questions: Sequence[Question]) -> list[Answer | None]:
@@ -83,7 +83,7 @@ class Respondent:
         ]
 
     def _choice(self, question: Question, text: str) -> TokenSequence:
-        """The ids of an answer as training has them behind the prompt, the space before it too, but not those that end it."""
+        """Ids of an answer as in training, after the prompt: with the leading space, without the stop tokens."""
         chat_format = self._policy.chat_format
         messages = with_system((Message("user", question.text), Message("assistant", text)), self._policy.system)
         example = chat_format.encode_dialog(messages, train_on=TrainOn.LAST_ANSWER)
@@ -92,7 +92,7 @@ class Respondent:
 
 
 def _kept(turns: Texts) -> Answer | None:
-    """The answers of all turns as they are kept; None where one of them was not asked for."""
+    """The answers of all turns in the stored form; None if one turn was not asked."""
     answers = [one for one in turns if one is not None]
     if len(answers) < len(turns):
         return None

@@ -1,12 +1,12 @@
-"""Whether an answer follows an instruction of IFEval (Zhou et al. 2023, arXiv:2311.07911): a rule for each of its kinds.
+"""Check whether an answer follows an instruction of IFEval (Zhou et al. 2023, arXiv:2311.07911), with a rule per kind.
 
-Each rule decides as the authors' code does (google-research, instruction_following_eval), which lm-evaluation-harness has too,
-odd cases included: an answer that they count is counted here. It differs in four places, since nltk and langdetect are not used:
-- language:response_language has no rule, so that prompts with it are left out;
-- English in capital or small letters is checked for its letters alone, not for being English;
-- sentences are those of `llamachat.constraints.texts`, of the text without its line breaks, which end none in nltk either;
-- words in capitals are parted by white space and punctuation, contractions in two, as nltk's word_tokenize does it.
-A letter that is none ("#", "!") is counted; the authors' code replaces it by a letter drawn at random.
+The rules agree with the authors' code (google-research, instruction_following_eval), also used by
+lm-evaluation-harness, including odd cases. Four differ, since nltk and langdetect are not used:
+- language:response_language has no rule, so prompts with it are left out;
+- English in upper or lower case is only checked for case, not for being English;
+- sentences are split by `llamachat.constraints.texts`, ignoring line breaks, which do not end sentences in nltk either;
+- capitalised words are split at white space and punctuation, contractions in two, as by nltk's word_tokenize.
+A "letter" that is not a letter ("#", "!") is counted as it is; the authors' code replaces it with a random letter.
 """
 
 import json
@@ -28,19 +28,19 @@ _POSTSCRIPTS: Mapping[str, str] = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\
 
 
 def follows(kind: str, arguments: Arguments, answer: str) -> bool:
-    """Whether the answer follows the instruction as it stands; an empty one follows nothing."""
+    """Whether the unmodified answer follows the instruction; an empty answer never does."""
     return bool(answer.strip()) and RULES[kind](answer, arguments)
 
 
 def follows_loosely(kind: str, arguments: Arguments, answer: str) -> bool:
-    """Whether the answer follows it as it stands, or without its first line, its last line, both, or without asterisks."""
+    """Whether the answer follows it as is or without its first line, its last line, both, or asterisks."""
     lines = answer.split("\n")
     parts = [answer, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return any(follows(kind, arguments, text) for part in parts for text in (part, part.replace("*", "")))
 
 
 def _relates(count: int, relation: str, threshold: int) -> bool:
-    """The two relations of the set."""
+    """Compare with one of IFEval's two relations."""
     return count < threshold if relation == "less than" else count >= threshold
 
 
@@ -73,7 +73,7 @@ def _has_words(answer: str, arguments: Arguments) -> bool:
 
 
 def _has_paragraphs(answer: str, arguments: Arguments) -> bool:
-    """Paragraphs parted by ***; an empty one may stand at either end alone."""
+    """Paragraphs are separated by ***; only the first and last may be empty."""
     parts = re.split(r"\s?\*\*\*\s?", answer)
     if not all(part.strip() for part in parts[1:-1]):
         return False
@@ -81,7 +81,7 @@ def _has_paragraphs(answer: str, arguments: Arguments) -> bool:
 
 
 def _begins_nth_paragraph(answer: str, arguments: Arguments) -> bool:
-    """Paragraphs parted by two line breaks, and the first word of one of them, without its punctuation."""
+    """Paragraphs are separated by two line breaks; checks the first word of one, without punctuation."""
     parts, number = answer.split("\n\n"), arguments["nth_paragraph"]
     count = sum(bool(part.strip()) for part in parts)
     if count != arguments["num_paragraphs"] or number > count or not parts[number - 1].strip():
@@ -110,7 +110,7 @@ def _is_constrained(answer: str, _: Arguments) -> bool:
 
 
 def _has_highlights(answer: str, arguments: Arguments) -> bool:
-    """*text* and **text**; a part in double asterisks may count as both, as it does for the authors."""
+    """Count *text* and **text**; as in the authors' code, text in double asterisks may count as both."""
     single = [part.strip("*") for part in re.findall(r"\*[^\n\*]*\*", answer)]
     double = [part[2:-2] for part in re.findall(r"\*\*[^\n\*]*\*\*", answer)]
     return sum(bool(part.strip()) for part in single + double) >= arguments["num_highlights"]
@@ -135,7 +135,7 @@ def _has_title(answer: str, _: Arguments) -> bool:
 
 
 def _has_two_answers(answer: str, _: Arguments) -> bool:
-    """Two different ones, parted by ******; an empty one may stand at either end alone."""
+    """Two different answers, separated by ******; only the first and last part may be empty."""
     parts = [part.strip() for part in answer.split("******")]
     answers = [part for part in parts if part]
     return all(parts[1:-1]) and len(answers) == 2 and answers[0] != answers[1]

@@ -1,8 +1,8 @@
-"""`llamachat benchmark`: several policies answer the same sets, and what that comes to stands in one table.
+"""`llamachat benchmark`: run the same question sets on several policies and print one table.
 
-Writes next to each artifact, under the first characters of its digest: `benchmark/<digest>/answers/`, a file for each part of
-a set, and `benchmark/<digest>/<set>.json`, which the table, the model card and the report read. A killed command, given
-again, resumes after its last complete part; a finished one asks nothing again.
+Writes next to each artifact, under the first characters of its digest: `benchmark/<digest>/answers/`, a file for each
+part of a set, and `benchmark/<digest>/<set>.json`, which the table, the model card and the report read. A killed
+command resumes after its last complete part; a finished one samples nothing again.
 """
 
 import logging
@@ -30,24 +30,24 @@ from llamachat.training.progress import StepProgress
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it where the same policy and question would give another answer
-_PART = 128  # questions that are answered before they are kept
+_VERSION = 1  # raised when the same policy and question would give another answer
+_PART = 128  # questions answered between two saves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Which policies are measured, with what."""
+    """Which policies are benchmarked, and with which sets."""
 
-    artifacts: Mapping[str, Artifact]  # by the name that the table shows
+    artifacts: Mapping[str, Artifact]  # by the name in the table
     sets: Sequence[str]
     max_new_tokens: int
-    limit: int | None = None  # questions of each file of a set, the first ones
+    limit: int | None = None  # number of questions from the start of each file of a set
     judge: Artifact | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _SetAnswers:
-    """The answers of one policy to a set, with the questions; those that did not fit have None."""
+    """One policy's answers to the questions of a set; None for those that did not fit."""
 
     questions: Sequence[Question]
     answers: Sequence[Answer | None]
@@ -59,7 +59,7 @@ class _SetAnswers:
 
 
 def chosen_sets(names: Sequence[str], *, has_judge: bool, num_policies: int) -> list[str]:
-    """The sets of these names; without names all that can be measured."""
+    """The sets with these names; without names, all that can be measured."""
     unknown = [name for name in names if name not in SETS]
     if unknown:
         raise UsageError(
@@ -76,7 +76,7 @@ def chosen_sets(names: Sequence[str], *, has_judge: bool, num_policies: int) -> 
 
 
 def run_benchmark(request: Request) -> str:
-    """Ask, measure, keep, and return the table."""
+    """Sample and score answers, save the results and return the table."""
     read = {name: SETS[name].questions(request.limit) for name in request.sets}
     parts = {name: _parts(name, questions, request.max_new_tokens) for name, (questions, _) in read.items()}
     places = [place for of_set in parts.values() for place in of_set]
@@ -113,7 +113,7 @@ def _ask(
     max_new_tokens: int,
     on_part: Callable[[str], None],
 ) -> dict[str, _SetAnswers]:
-    """The answers of one policy by set; it is loaded where some of them are not kept yet."""
+    """One policy's answers by set; the policy is loaded only if some are not saved yet."""
     kept = _cache(artifact)
     respondent = cache(lambda: Respondent(load_policy(artifact.path, device="auto"), max_new_tokens=max_new_tokens))
     set_answers = {}
@@ -133,7 +133,7 @@ def _cache(artifact: Artifact) -> StepCache:
 
 
 def _parts(name: str, questions: Sequence[Question], max_new_tokens: int) -> dict[str, Sequence[Question]]:
-    """The questions in parts, each under a name with a fingerprint of all that its answers follow from but the policy."""
+    """Questions by part; the part's name has a fingerprint of all inputs of its answers except the policy."""
     parts = {}
     for start in range(0, len(questions), _PART):
         part = questions[start : start + _PART]
@@ -152,7 +152,7 @@ def _measured(name: str, set_answers: _SetAnswers, num_left_out: int) -> Benchma
 
 
 def _notes(set_answers: _SetAnswers) -> list[str]:
-    """What else a reader of the figures should know."""
+    """Remarks on the figures."""
     notes = []
     if missing := sum(answer is None for answer in set_answers.answers):
         notes.append(f"{missing} questions that are too long for it are left out")
@@ -198,7 +198,7 @@ def _add_verdicts(
 
 
 def _scores(model: RewardModel, question: Question, answer: Answer | None) -> list[float | None] | None:
-    """The judge's score of each turn's answer: None of one that it cannot read, and for all of a question that was not asked."""
+    """The judge's score of each turn's answer, None if it is too long; None overall if the question was not asked."""
     if answer is None:
         return None
     dialog: list[Message] = []
@@ -213,7 +213,7 @@ def _scores(model: RewardModel, question: Question, answer: Answer | None) -> li
 
 
 def _wins(pairs: Sequence[tuple[Any, Any]]) -> Measure:
-    """The share of pairs whose first score is higher; None is lower than every score."""
+    """Share of pairs whose first score is higher; None ranks below every score."""
     lowest = float("-inf")
     wins = []
     for own, other in pairs:

@@ -1,6 +1,7 @@
-"""The sets of `llamachat benchmark`: their questions, how each is asked, and the figures that answers come to.
+"""The sets of `llamachat benchmark`: questions, how they are asked, and the figures computed from the answers.
 
-All figures are shares. Questions come from the bundled `data/benchmarks` and, for XSTest and CoCoNot, `data/borderline`.
+All figures are shares. Questions are read from the bundled `data/benchmarks` and, for XSTest and CoCoNot,
+`data/borderline`.
 """
 
 import math
@@ -28,7 +29,7 @@ _DONE = {
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, and what its answer is measured by."""
+    """A question, and the data needed to score its answer."""
 
     id: str
     text: str
@@ -36,8 +37,8 @@ class Question:
     measured: Mapping[str, Any]
 
 
-# What a policy makes of a question, as it is kept in a file: `texts` and `finished` of its answers, one a turn, or the
-# `logprobs` of the choices. A second turn whose first answer was empty has the text "".
+# A policy's answer to a question as stored: `texts` and `finished` per turn, or the `logprobs` of the choices.
+# A second turn after an empty first answer has the text "".
 Answer = Mapping[str, Any]
 Figures = dict[str, Measure]
 
@@ -50,14 +51,14 @@ class BenchmarkSet:
     files: tuple[str, ...]
     figures: (
         Callable[[Sequence[Question], Sequence[Answer]], Figures] | None
-    )  # None: its answers are compared by a judge
+    )  # None: a judge compares the answers
     asks: Literal["one turn", "two turns", "choices"] = "one turn"
-    # Of other models: column -> figure -> share.
+    # Published results of other models: column -> figure -> share.
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     left_out: str = "questions are left out"
 
     def questions(self, limit: int | None) -> tuple[list[Question], int]:
-        """The first questions of each file, and how many of them are left out since nothing here measures their answers."""
+        """The first questions of each file, and the number left out because their answers cannot be scored here."""
         read = [_question(row.value) for file in self.files for row in list(read_rows(str(bundled(file))))[:limit]]
         kept = [one for one in read if all(part["kind"] in RULES for part in one.measured.get("instructions", ()))]
         return kept, len(read) - len(kept)
@@ -68,7 +69,7 @@ def _question(row: Any) -> Question:
 
 
 def choices(question: Question) -> list[str]:
-    """Of multiple choice: the best answer, all true ones, all false ones."""
+    """Choices of a multiple-choice question: the best answer, all true answers, all false answers."""
     measured = question.measured
     return [measured["best"], *measured["true"], *measured["false"]]
 
@@ -93,7 +94,7 @@ def ifeval(questions: Sequence[Question], answers: Sequence[Answer]) -> Figures:
 
 
 def gsm8k(questions: Sequence[Question], answers: Sequence[Answer]) -> Figures:
-    """Exact match of the last number of the answer, or of the one after '####' (Cobbe et al. 2021, arXiv:2110.14168)."""
+    """Exact match of the answer's last number, or the one after '####' (Cobbe et al. 2021, arXiv:2110.14168)."""
     return {
         "questions with the right number": _share(
             [
@@ -105,7 +106,7 @@ def gsm8k(questions: Sequence[Question], answers: Sequence[Answer]) -> Figures:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number that an answer ends with: the one after its last '####' where it has this mark, else its last one."""
+    """The final number of an answer: the one after its last '####' if any, else the last number."""
     marked = text.rpartition("####")
     numbers = _NUMBER.findall(marked[2])
     if not numbers:
@@ -125,7 +126,7 @@ def truthfulqa(questions: Sequence[Question], answers: Sequence[Answer]) -> Figu
         masses = [sum(math.exp(one - highest) for one in part) for part in (true, false)]
         true_mass.append(masses[0] / sum(masses))
     low, high = bootstrap_interval(true_mass)
-    ends = (None, None) if math.isnan(low) else (low, high)  # of a single question nothing is known of chance
+    ends = (None, None) if math.isnan(low) else (low, high)  # a single question gives no interval
     return {
         "questions whose best answer is likelier than every false one (MC1)": _share(is_best),
         "probability of the true answers among all given ones (MC2)": Measure(
@@ -135,7 +136,7 @@ def truthfulqa(questions: Sequence[Question], answers: Sequence[Answer]) -> Figu
 
 
 def refusals(questions: Sequence[Question], answers: Sequence[Answer]) -> Figures:
-    """What answers to harmless and to harmful prompts do, by the classifier of `llamachat/answers/refusals.py`."""
+    """Outcomes of answers to harmless and harmful prompts, by the classifier of `llamachat/answers/refusals.py`."""
     outcomes = outcome_classifier().outcomes([answer["texts"][0] for answer in answers])
     figures: Figures = {}
     for kind, is_harmful in (("harmless", False), ("harmful", True)):
@@ -180,7 +181,7 @@ SETS: Mapping[str, BenchmarkSet] = {
         title="XSTest, the half that nothing here is trained on",
         files=("data/borderline/xstest_safe.jsonl.gz", "data/borderline/xstest_unsafe_twins.jsonl.gz"),
         figures=refusals,
-        # People's labels of its answers to these prompts (Roettger et al. 2024, arXiv:2308.01263; github.com/paul-rottger/
+        # Human labels of its answers to these prompts (Roettger et al. 2024, arXiv:2308.01263; github.com/paul-rottger/
         # exaggerated-safety, commit d7bb5bd7, evaluation/automated_evaluation_labels, column final_label).
         published={
             "Llama-2-70b-chat": _counted("harmless", 80, 19, 23) | _counted("harmful", 0, 2, 96),

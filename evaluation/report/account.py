@@ -1,4 +1,4 @@
-"""What was run: training curves, time and memory, data, versions, seed, commit, and where it departs from the paper."""
+"""How a run was made: training curves, time and memory, data, versions, seed, commit, deviations from the paper."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _SHORT_COMMIT = 12
 
 
 def curves(facts: Facts, figures: Path) -> Section | None:
-    """The record of each step, a small picture a panel, under the step's name."""
+    """Training curves of each step, one small plot per panel, under the step's name."""
     blocks: list[Block] = []
     for step in facts.steps:
         series = read_series(step.folder.metrics) if step.folder.metrics.is_file() else []
@@ -53,7 +53,7 @@ _OVERVIEW = {
 
 
 def _overview(step: str, series: Sequence[Series], figures: Path) -> list[Block]:
-    """Reward, KL, judge and length of a PPO in one picture, as far as it recorded them."""
+    """Reward, KL, judge and length of a PPO step in one plot, as far as they were logged."""
     by_name = {one.name: one for one in series if len(one.steps) > 1}
     panels = {
         title: lines
@@ -74,7 +74,7 @@ def _overview(step: str, series: Sequence[Series], figures: Path) -> list[Block]
 
 
 def costs(facts: Facts) -> Section | None:
-    """Time and peak memory by step; where no cost was written down, the time of training alone."""
+    """Time and peak memory by step; only training time if no costs were logged."""
     if not facts.steps:
         return None
     rows, is_partial, total = [], False, 0.0
@@ -107,7 +107,7 @@ def costs(facts: Facts) -> Section | None:
 
 
 def account(facts: Facts) -> Section:
-    """Base, data, versions, seeds and commits: what one needs to run this again."""
+    """Base, data, versions, seeds and commits: everything needed to reproduce the run."""
     dropped = [
         row(step.name, reason, str(count))
         for step in facts.steps
@@ -120,7 +120,7 @@ def account(facts: Facts) -> Section:
         if dropped
         else Text("No step left a record out."),
     ]
-    versions: dict[str, dict[str, None]] = {}  # each library once, with every version that a step ran with
+    versions: dict[str, dict[str, None]] = {}  # each library with every version used by a step
     for step in facts.steps:
         for library, version in step.published.versions.items():
             versions.setdefault(library, {})[version] = None
@@ -174,8 +174,7 @@ def _source(source: Any) -> str:
     return f"{source.get('path')} ({', '.join(more)})" if more else str(source.get("path"))
 
 
-# A value that the paper states: command, section and key of ours, what it is, the paper's, or several of which any is
-# the paper's, and the unit.
+# A value stated in the paper: command, our section and key, description, the paper's value or values, unit.
 _VALUES: tuple[tuple[str, str, str, str, tuple[float, ...], str], ...] = (
     ("sft", "sft", "epochs", "epochs", (2,), ""),
     ("sft", "sft", "learning_rate", "learning rate", (2e-5,), ""),
@@ -194,7 +193,7 @@ _MOST_ITERATIONS = (200, 400)
 
 
 def deviations(facts: Facts) -> Section:
-    """What, the paper's, ours: the base and the data first, then the steps in their order."""
+    """Table of deviations (what, the paper's, ours): the base and the data, then the steps in order."""
     rows = [*_of_the_whole(facts), *_of_values(facts), *_of_commands(facts)]
     table = Table(
         "Where this run differs",

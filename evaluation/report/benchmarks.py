@@ -1,4 +1,4 @@
-"""One table of all sets and policies, for a terminal and for the report."""
+"""One table of all benchmark sets and policies, for the terminal and the report."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,11 +7,11 @@ from evaluation.report.page import ABSENT, Cell, Points, Section, Table, measure
 from llamachat.runs.reader import Benchmark
 from llamachat.tables import text_table
 
-Results = Mapping[str, Mapping[str, Benchmark]]  # policy -> set -> what was measured
+Results = Mapping[str, Mapping[str, Benchmark]]  # policy -> set -> results
 
 
 def benchmark_table(results: Results) -> tuple[list[str], list[list[Cell]], list[str]]:
-    """Head, rows and notes: a line for each figure under the title of its set, a column for each policy, then other models."""
+    """Header, rows and notes: a row per figure under its set's title; columns for policies, then other models."""
     sets = {name: one for of_one in results.values() for name, one in of_one.items()}
     columns = list(dict.fromkeys(column for one in sets.values() for column in one.published))
     rows, notes = [], []
@@ -41,7 +41,7 @@ def benchmark_table(results: Results) -> tuple[list[str], list[list[Cell]], list
 
 
 def benchmarks(facts: Facts) -> Section | None:
-    """What `llamachat benchmark` measured of the run's policies, whichever sets they were asked."""
+    """Results of `llamachat benchmark` for the run's policies, on all sets that were run."""
     results = {step.name: measured for step in facts.policies if (measured := step.benchmarks)}
     if not results:
         return None
@@ -57,7 +57,7 @@ def benchmarks(facts: Facts) -> Section | None:
 
 
 def table_text(results: Results) -> str:
-    """The table for a terminal."""
+    """The table as text for a terminal."""
     head, rows, notes = benchmark_table(results)
     cells: list[Sequence[str]] = [head, *([f"{cell.text} {cell.beside}".rstrip() for cell in row] for row in rows)]
     return "\n".join([*text_table(cells, align="<>><" if len(results) == 1 else "<>"), "", *notes])

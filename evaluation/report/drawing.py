@@ -1,7 +1,7 @@
-"""The report's pictures: 6.4 inches wide with letters of 11 points and more, so that a phone shows them legibly.
+"""The report's plots: 6.4 inches wide with text of at least 11 points, so that they are legible on a phone.
 
-The colours are Okabe and Ito's set, which colour-blind readers can distinguish; series differ in marker or line too. Each function
-draws what it is given and writes one PNG.
+Colours are Okabe and Ito's colour-blind safe palette; series also differ in marker or line style. Each function draws
+its arguments and writes one PNG.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +14,14 @@ from llamachat.runs.reader import Curve, Measure
 from llamachat.tracking.curves import Series, running_mean
 from llamachat.tracking.pictures import panel_grid, save_png, style_panel
 
-# Policy -> its place in the run: the same policy has the same colour, mark and number in every picture.
+# Policy -> index in the run, so that a policy has the same colour, marker and number in every plot.
 Places = Mapping[str, int]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#8a3ea8", "#b8860b", "#444444", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES = ("-", "--", "-.", ":")
 _GREY = "#6b6b6b"
 _WIDTH = 6.4  # inches
-_PANEL = (4.8, 3.0)  # of a training curve
+_PANEL = (4.8, 3.0)  # size of a training curve
 _POINTS = 11.5
 _SMOOTH_FROM = 20
 _MOST_IN_PANEL = 8
@@ -31,7 +31,7 @@ _MOST_IN_PANEL = 8
 def _picture(
     path: Path, height: float, *, width: float = _WIDTH, x: str = "", y: str = "", columns: int = 2
 ) -> Iterator[Any]:
-    """The axes of a picture that is written when the block ends, its legend above them, where it hides no point."""
+    """Axes of a plot that is saved when the block ends, with the legend above them, where it hides no point."""
     figure, (place,) = panel_grid(1, panel=(width, height))
     yield place
     where = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
@@ -43,7 +43,7 @@ def _picture(
 def accuracy_by_rating(
     path: Path, rated: Mapping[str, Sequence[Measure | None]], paper_rows: Mapping[str, Sequence[float]], domain: str
 ) -> None:
-    """Accuracy of each model by rating; the paper's models as open marks."""
+    """Accuracy of each model by rating; the paper's models have open markers."""
     labels = [rating.replace("_", "\n") for rating in RATINGS]
     with _picture(path, 4.2, y=f"accuracy on {domain} pairs, %") as place:
         count = len(rated)
@@ -64,7 +64,7 @@ def accuracy_by_rating(
 def at_a_glance(
     path: Path, panels: Mapping[str, tuple[Mapping[str, Measure], float, float | None]], places: Places
 ) -> None:
-    """A line for each policy in panels side by side: title -> figures by policy, their scale, and where a draw is."""
+    """A row per policy in panels side by side: title -> figures by policy, their scale, and the value of a draw."""
     rows = [name for name in places if any(name in by_policy for by_policy, *_ in panels.values())]
     figure, axes = panel_grid(len(panels), panel=(3.9, 1.1 + 0.42 * len(rows)), share_y=True)
     for place, (title, (by_policy, scale, middle)) in zip(axes, panels.items(), strict=True):
@@ -77,12 +77,12 @@ def at_a_glance(
             place.axvline(middle * scale, color=_GREY, linewidth=1.2)
         style_panel(place, title, points=_POINTS, title_points=_POINTS)
     axes[0].set_yticks(range(len(rows)), rows)
-    axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first policy above
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first policy on top
     save_png(figure, path)
 
 
 def ppo_overview(path: Path, panels: Mapping[str, Sequence[tuple[str, Series]]]) -> None:
-    """Curves of PPO in panels side by side: title -> label and curve of each line."""
+    """PPO curves in panels side by side: title -> label and curve of each line."""
     figure, axes = panel_grid(len(panels), panel=(3.5, 3.3))
     for place, (title, lines) in zip(axes, panels.items(), strict=True):
         for index, (label, one) in enumerate(lines):
@@ -96,12 +96,12 @@ def ppo_overview(path: Path, panels: Mapping[str, Sequence[tuple[str, Series]]])
         unit = lines[0][1].metric.unit
         style_panel(place, title, x="iteration", y=unit, points=_POINTS, title_points=_POINTS)
         place.legend(fontsize=_POINTS - 1.5, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
-    figure.set_layout_engine("constrained", w_pad=0.12)  # the legends below take room that the labels at the side need
+    figure.set_layout_engine("constrained", w_pad=0.12)  # room for the labels next to the legends
     save_png(figure, path)
 
 
 def best_and_median(path: Path, curves: Sequence[Curve], places: Places) -> None:
-    """Figure 7: what the best and the median of N answers are worth, a line of each policy."""
+    """Figure 7: reward of the best and the median of N answers, one line each per policy."""
     with _picture(path, 4.2, x="N, answers to a prompt", y="combined score, deviations") as place:
         for curve in curves:
             index = places[curve.policy]
@@ -115,7 +115,7 @@ def best_and_median(path: Path, curves: Sequence[Curve], places: Places) -> None
 
 
 def by_temperature(path: Path, policy: str, curves: Sequence[Curve], places: Places) -> None:
-    """Figure 8: what the best of N answers is worth at each temperature."""
+    """Figure 8: reward of the best of N answers at each temperature."""
     with _picture(path, 4.0, x=f"N, answers of {policy} to a prompt", y="best of N, deviations") as place:
         for index, curve in enumerate(sorted(curves, key=lambda one: one.temperature)):
             _line(
@@ -134,7 +134,7 @@ def dots(
     what: str,
     middle: float | None = None,
 ) -> None:
-    """Shares in percent with their intervals: a line of rows for each policy in its colour, a mark of each series in it."""
+    """Shares in percent with intervals: a row per policy in its colour, with a marker per series."""
     height = 1.6 + 0.28 * len(series) + len(rows) * (0.3 + 0.2 * len(series))
     with _picture(path, height, x=what, columns=1) as place:
         for index, (name, by_row) in enumerate(series.items()):
@@ -145,14 +145,14 @@ def dots(
         if middle is not None:
             place.axvline(100 * middle, color=_GREY, linewidth=1.2)
         place.set_yticks(range(len(rows)), rows)
-        place.set_ylim(len(rows) - 0.5, -0.5)  # the first policy above
+        place.set_ylim(len(rows) - 0.5, -0.5)  # the first policy on top
 
 
 def plane(
     path: Path, points: Mapping[str, tuple[Measure, Measure]], *, places: Places, across: str, up: str,
     middle: float | None = None, scale: float = 1,
 ) -> None:  # fmt: skip
-    """Figure 11's plane: a mark for each policy with its intervals, joined in the order of the run."""
+    """Figure 11's plane: a marker with intervals for each policy, connected in the order of the run."""
     with _picture(path, 4.8, x=across, y=up, columns=3) as place:
         pairs = list(points.values())
         across_by, up_by = ([one.value * scale for one in ends] for ends in zip(*pairs, strict=True))
@@ -175,10 +175,10 @@ def plane(
 def by_turn(
     path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mapping[str, Mapping[int, Measure]], places: Places
 ) -> None:
-    """Table 30 in shape: the share of dialogs whose instruction is kept at each turn; what chance gives dotted."""
+    """As in Table 30: share of dialogs that keep the instruction at each turn; the chance level is dotted."""
     with _picture(path, 4.2, x="turn", y="instruction kept, %") as place:
         for name, by in kept.items():
-            index = places.get(name, len(places))  # the policy before a step has no place of its own
+            index = places.get(name, len(places))  # the policy before a step has no index
             turns = sorted(by)
             _shares(place, turns, [by[turn] for turn in turns], index, label=name, line="-")
             if by_chance := chance.get(name):
@@ -191,7 +191,7 @@ def by_turn(
 
 
 def training_curve(path: Path, group: Sequence[Series]) -> None:
-    """One panel of a step's record; noisy figures as light points under a running mean."""
+    """One panel of a step's metrics; noisy figures as light points with a running mean."""
     height = _PANEL[1] + 0.2 * (min(len(group), _MOST_IN_PANEL) - 1)
     units = ", ".join(sorted({one.metric.unit for one in group} - {"1", ""}))
     with _picture(path, height, width=_PANEL[0], x=group[0].axis, y=units, columns=1) as place:
@@ -206,7 +206,7 @@ def training_curve(path: Path, group: Sequence[Series]) -> None:
                 place.plot(one.steps, one.values, color=colour, linewidth=0, marker=".", markersize=3, alpha=0.25)
                 mean = running_mean(one.values)
                 place.plot(one.steps, mean, color=colour, linestyle=line, linewidth=2, label=label)
-        # Matplotlib's own form puts a power of ten over the axis, where the legend is.
+        # Matplotlib's default format puts a power of ten above the axis, where the legend is.
         place.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
@@ -214,7 +214,7 @@ def _shares(
     place: Any, at: Sequence[float], measures: Sequence[Measure], index: int, *, mark: int | None = None,
     label: str | None = None, line: str = "", is_across: bool = False,
 ) -> None:  # fmt: skip
-    """Marks of shares in percent with their intervals, up or across."""
+    """Markers of shares in percent with intervals, vertical or horizontal."""
     values, errors = [100 * one.value for one in measures], _errors(measures, 100)
     ends = {"x": values, "y": at, "xerr": errors} if is_across else {"x": at, "y": values, "yerr": errors}
     place.errorbar(
@@ -230,7 +230,7 @@ def _shares(
 
 
 def _errors(measures: Sequence[Measure], scale: float) -> list[list[float]]:
-    """Distances down and up; 0 where there is no interval, and never below 0 where rounding put a mean outside."""
+    """Lower and upper error bars; 0 without an interval, never negative even if rounding put a mean outside."""
     spans = [one.interval or (one.value, one.value) for one in measures]
     return [
         [max(0.0, one.value - low) * scale for one, (low, _) in zip(measures, spans, strict=True)],
@@ -257,5 +257,5 @@ def _colour(index: int) -> str:
 
 
 def _mark(index: int, mark: int | None = None) -> dict[str, str]:
-    """The colour of this place, and its marker or that of another place."""
+    """The colour of this index, and its marker or that of another index."""
     return {"color": _colour(index), "marker": _MARKERS[(index if mark is None else mark) % len(_MARKERS)]}

@@ -1,4 +1,4 @@
-"""What the report is about: the finished steps of a run and their evaluation, and what is not there."""
+"""The content of the report: finished steps of a run, their evaluation, and what is missing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ _WORTH = {
     "rm/judge": "a judge that selects nothing",
     "eval": "the table of all policies on the same prompts, win rates, violations and answers side by side",
 }
-# Of the evaluation: metric -> what it is, the reward model and the data that it is measured with.
+# Figures of the evaluation: metric -> description, and the reward model and data it needs.
 _MEASURES: dict[str, tuple[str, str, str]] = {
     "reward_helpfulness": ("helpfulness scores", "helpfulness", ""),
     "reward_safety": ("safety scores", "safety", ""),
@@ -38,7 +38,7 @@ class Facts:
 
     @property
     def base(self) -> str:
-        """The pretrained base by its name in the recipe."""
+        """The pretrained base's name in the recipe."""
         base = self.inputs.recipe.get("base")
         return str(base.get("model", "-")) if isinstance(base, dict) else "-"
 
@@ -48,7 +48,7 @@ class Facts:
 
     @property
     def places(self) -> dict[str, int]:
-        """The policies' places in the run, by which pictures colour them; one from elsewhere that was evaluated is first."""
+        """Each policy's index in the run, which sets its colour in plots; an evaluated external policy comes first."""
         evaluated = self.evaluation.policies if self.evaluation is not None else []
         own = [step.name for step in self.policies]
         names = [*(name for name in evaluated if name not in own), *own, *(curve.policy for curve in self.curves)]
@@ -56,7 +56,7 @@ class Facts:
 
     @property
     def reward_models(self) -> dict[str, RunStep]:
-        """Reward models by what they judge."""
+        """Reward models by domain."""
         return {
             str(step.published.details.get("which") or step.name.rpartition("/")[2]): step
             for step in self._of_kind("reward_model")
@@ -71,7 +71,7 @@ class Facts:
 
     @property
     def recipe_steps(self) -> list[str]:
-        """Names of the recipe's steps, without the report and what follows it."""
+        """Names of the recipe's steps before the report."""
         names = [
             entry if isinstance(entry, str) else next(iter(entry)) for entry in self.inputs.recipe.get("steps") or ()
         ]
@@ -79,26 +79,26 @@ class Facts:
 
     @property
     def curves(self) -> list[Curve]:
-        """Reward against the number of answers: of the evaluation, else of rejection sampling."""
+        """Reward by number of answers, from the evaluation or else from rejection sampling."""
         if self.evaluation is not None and self.evaluation.curves:
             return self.evaluation.curves
         return [curve for step in self.by_command("rs") for curve in step.best_of_n]
 
 
 def read_facts(inputs: StepInputs) -> Facts:
-    """Read what the earlier steps wrote; dialogs, which end no step, are left out."""
+    """Read the results of earlier steps, without dialogs, which do not finish a step."""
     steps = tuple(step_of(artifact) for artifact in inputs.surveyed if artifact.manifest.kind != "dialogs")
     evaluations = [step.evaluation for step in steps if step.published.kind == "evaluation"]
     return Facts(inputs, steps, evaluations[-1] if evaluations else None)
 
 
 def missing(facts: Facts) -> list[str]:
-    """A sentence each: steps of the recipe that are not finished, figures of it that were not measured."""
+    """One sentence for each unfinished step of the recipe and each figure that was not measured."""
     done = {step.name for step in facts.steps}
     recipe = facts.inputs.folder.config
     lines = []
     for name in facts.recipe_steps:
-        # `rm` stands for its models, which have steps of their own.
+        # `rm` means all its models, each of which is a step.
         if name not in done and not any(step.startswith(f"{name}/") for step in done):
             why = f" It gives {_WORTH[name]}." if name in _WORTH else ""
             lines.append(
@@ -108,7 +108,7 @@ def missing(facts: Facts) -> list[str]:
 
 
 def left_out(facts: Facts) -> str:
-    """What the report could show of a recipe with more steps; empty where the recipe has them all."""
+    """What the report would show with more steps in the recipe; empty if it has them all."""
     known = {step.name for step in facts.steps} | {step.command for step in facts.steps} | set(facts.recipe_steps)
     known |= {command_of(name) for name in facts.recipe_steps if "/" not in name}
     absent = [f"`{name}` ({worth})" for name, worth in _WORTH.items() if name not in known]

@@ -1,7 +1,7 @@
-"""The first thing on the page: all policies by all metrics, and whether a difference to the first policy is apart from 0.
+"""The top of the page: all policies by all metrics, and whether differences from the first policy are significant.
 
-A difference counts as one only where its 95% interval, paired by prompt, leaves 0 out; a policy that does not beat the
-reference is named in as plain words as one that does.
+A difference counts only if its 95% interval, paired by prompt, excludes 0. A policy that does not beat the reference is
+reported as plainly as one that does.
 """
 
 from collections.abc import Sequence
@@ -36,24 +36,24 @@ _DIFFERENCES = (
     ("judge_like_length", "judge, answers of similar length"),
     ("judge_finished", "judge, where both answers end"),
 )
-# The differences that a verdict can be on where there is no ranking; the first that there is leads.
+# Differences for the verdict if there is no ranking; the first available one decides.
 _NAMES = {"score": "combined score", "reward_helpfulness": "helpfulness score", "reward_safety": "safety score"}
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A line of the headline table."""
+    """A row of the headline table."""
 
     key: str
     label: str
-    better: int = 0  # 1 the higher, -1 the lower, 0 neither
+    better: int = 0  # 1: higher is better, -1: lower, 0: neither
     is_share: bool = False
     digits: int = 2
-    at_least: float | None = None  # below it nothing is called best: a win rate under a half is a loss
+    at_least: float | None = None  # below this, nothing is marked best: a win rate under one half is a loss
 
 
 def metrics_of(evaluation: Evaluation) -> list[Metric]:
-    """The lines of the headline table, those that nothing was measured of left out."""
+    """The rows of the headline table, without metrics that were not measured."""
     reference, turns = evaluation.reference, evaluation.turns()
     metrics = [
         Metric("reward_helpfulness", "helpfulness, raw score", 1),
@@ -85,7 +85,7 @@ def metrics_of(evaluation: Evaluation) -> list[Metric]:
 
 
 def headline_table(evaluation: Evaluation) -> Table:
-    """Metrics down, policies across: a phone scrolls sideways through policies, not through a dozen metrics."""
+    """Metrics as rows, policies as columns, so that a phone scrolls sideways through policies only."""
     rows = []
     for metric in metrics_of(evaluation):
         measures = [evaluation.measure(policy, metric.key) for policy in evaluation.policies]
@@ -105,8 +105,8 @@ def headline_table(evaluation: Evaluation) -> Table:
 
 
 def headline(facts: Facts, figures: Path, control: str | None = None) -> Section:
-    """Which policy to use, all of them in a picture, the words of the page, what each step did, a small and a large table;
-    without an evaluation, what each step measured by itself."""
+    """Which policy to use, a plot of all policies, a glossary, the effect of each step, a small and a large table;
+    without an evaluation, each step's own figures."""
     evaluation = facts.evaluation
     lines, details = opening(facts), changes(facts, control)
     blocks: list[Block] = [Points(lines, tone="finding")] if lines else []
@@ -135,7 +135,7 @@ def headline(facts: Facts, figures: Path, control: str | None = None) -> Section
 
 
 def _glance(facts: Facts, evaluation: Evaluation, figures: Path) -> list[Block]:
-    """The policies by what tells most about them, in one picture."""
+    """One plot of the policies by the most informative metrics."""
     first = evaluation.reference
     wanted = (
         (f"judge's score, less {first}'s", "difference/judge", 1, 0.0),
@@ -159,7 +159,7 @@ def _glance(facts: Facts, evaluation: Evaluation, figures: Path) -> list[Block]:
 
 
 def verdict(evaluation: Evaluation, policy: str) -> str:
-    """One sentence: whether the policy beats the reference by the ranking that decides, and whether the judge follows."""
+    """One sentence: whether the policy beats the reference by the decisive ranking, and whether the judge agrees."""
     reference = evaluation.reference
     judge = evaluation.measure(policy, "difference/judge")
     decided = _decided(evaluation, policy)
@@ -178,7 +178,7 @@ def verdict(evaluation: Evaluation, policy: str) -> str:
 
 
 def _decided(evaluation: Evaluation, policy: str) -> tuple[str, int | None, str] | None:
-    """By what the policy is compared with the reference, on which side of a draw it lies, and the figure."""
+    """The metric of the comparison with the reference, the side of a draw it is on, and the figure."""
     ranked = evaluation.measure(policy, "superiority")
     if ranked is not None:
         figure = f"its answers rank higher in {with_interval(ranked, percent)} of pairs"
@@ -191,7 +191,7 @@ def _decided(evaluation: Evaluation, policy: str) -> tuple[str, int | None, str]
 
 
 def _follows(side: int | None, judged: int | None, reference: str) -> str:
-    """How the judge's verdict stands to that of the models which the policy was tuned by."""
+    """Whether the judge agrees with the models that the policy was tuned with."""
     match side, judged:
         case 1, 1:
             return "the judge, who selected nothing, agrees"
@@ -212,7 +212,7 @@ def _follows(side: int | None, judged: int | None, reference: str) -> str:
 
 
 def side_of(measure: Measure, *, draw: float = 0.0) -> int | None:
-    """1 or -1 where the interval lies above or below a draw, 0 where it holds it, None without an interval."""
+    """1 or -1 if the interval is above or below a draw, 0 if it contains it, None without an interval."""
     if measure.interval is None:
         return None
     low, high = measure.interval
@@ -220,7 +220,7 @@ def side_of(measure: Measure, *, draw: float = 0.0) -> int | None:
 
 
 def difference_cell(measure: Measure | None) -> Cell:
-    """A difference, and in words on which side of 0 its interval lies."""
+    """A difference, with the side of 0 that its interval is on, in words."""
     if measure is not None and measure.value == measure.low == measure.high == 0:
         return Cell("0", "equal")
     words = {1: "above 0", 0: "includes 0", -1: "below 0", None: "no interval"}

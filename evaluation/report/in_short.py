@@ -1,7 +1,7 @@
-"""The first screen: which policy to use and why, the words of the page, what each step did, and a small table.
+"""The first screen: which policy to use and why, a glossary, the effect of each step, and a small table.
 
-The judge, a reward model that selected nothing, decides whether a policy improved, on prompts by which nothing was
-selected.
+The judge, a reward model never used for selection, decides whether a policy improved, on prompts never used for
+selection.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ _NAMES = {
     "ppo": "PPO",
     "sft": "Supervised tuning",
 }
-_BY_PREFERENCE = ("rs", "dpo", "ppo")  # what they learn is decided by preferences
+_BY_PREFERENCE = ("rs", "dpo", "ppo")  # trained from preferences
 _WARNING = " Warning: "
-_REASONS = 2  # that are named of a model that is not fit
-# Beyond these, what is said of a policy's answers is a warning.
+_REASONS = 2  # reasons listed for an unfit model
+# Beyond these bounds, the sentence about a policy's answers is a warning.
 _SHORTER, _LONGER, _FEWER_PAIRS, _COMMON = 0.67, 1.5, 0.75, 0.05
 
 
@@ -41,7 +41,7 @@ _GLOSSARY = {
 
 
 def opening(facts: Facts) -> list[str]:
-    """Which policy to use and why, and whether the models that say so can be trusted."""
+    """Which policy to use and why, and whether the models behind this can be trusted."""
     evaluation = facts.evaluation
     return [*([] if evaluation is None else [_advice(facts, evaluation)]), *_reward_models(facts)]
 
@@ -61,7 +61,7 @@ def _advice(facts: Facts, evaluation: Evaluation) -> str:
 
 
 def glossary(evaluation: Evaluation) -> str:
-    """The words of the page that a newcomer does not know, those that it uses."""
+    """Definitions of the terms used on the page."""
     commands = dict.fromkeys(command_of(policy) for policy in evaluation.policies)
     words = [f"{command}: {_GLOSSARY[command]}" for command in commands if command in _GLOSSARY]
     if evaluation.has("judge"):
@@ -75,7 +75,7 @@ def glossary(evaluation: Evaluation) -> str:
 
 
 def changes(facts: Facts, control: str | None = None) -> list[str]:
-    """What each step did to the answers, in the order of the run."""
+    """How each step changed the answers, in the order of the run."""
     evaluation, lines = facts.evaluation, list[str]()
     if evaluation is None:
         return lines
@@ -100,7 +100,7 @@ def _title(policy: str) -> str:
 
 
 def _twin(evaluation: Evaluation, policy: str) -> str | None:
-    """An earlier policy with the same answers: length, variety and scores are equal to the last digit."""
+    """An earlier policy with identical answers: length, diversity and scores are exactly equal."""
     names = ("response_tokens", "distinct_2", "commonest_answer", "score", "judge")
 
     def shape(of: str) -> list[float | None]:
@@ -111,7 +111,7 @@ def _twin(evaluation: Evaluation, policy: str) -> str | None:
 
 
 def _reward_models(facts: Facts) -> Iterator[str]:
-    """Whether the models that scored can be trusted."""
+    """Whether the reward models can be trusted."""
     fit = [which for which, step in facts.reward_models.items() if _is_fit(step)]
     if len(fit) > 1:
         yield (
@@ -141,7 +141,7 @@ def _reward_models(facts: Facts) -> Iterator[str]:
 
 
 def _is_fit(model: RunStep | None) -> bool | None:
-    """What the probe found; None where there was none."""
+    """The probe's verdict; None if there was no probe."""
     probe = model.published.details.get("probe") if model is not None else None
     return None if probe is None else bool(probe["is_fit"])
 
@@ -169,7 +169,7 @@ def _judged(evaluation: Evaluation, policy: str, *, judge_is_fit: bool) -> str:
 
 
 def _shape(evaluation: Evaluation, policy: str) -> Iterator[str]:
-    """Length, variety and the commonest answer, with a warning where answers became alike."""
+    """Length, diversity and the most frequent answer, with a warning if answers collapsed."""
     reference = evaluation.reference
     length, pairs = (evaluation.measure(policy, name) for name in ("length_ratio", "distinct_2_ratio"))
     common, before = (evaluation.measure(name, "commonest_answer") for name in (policy, reference))
@@ -189,7 +189,7 @@ def _shape(evaluation: Evaluation, policy: str) -> Iterator[str]:
         if common.value > max(_COMMON, 2 * before.value):
             warnings.append("one answer is given too often")
     against = collapse(evaluation, policy)
-    if against and "harmless" in against:  # the commonest answer is named above
+    if against and "harmless" in against:  # the most frequent answer is reported above
         warnings.append(against)
     if parts:
         warning = f"{_WARNING}{', '.join(warnings)}." if warnings else ""
@@ -197,7 +197,7 @@ def _shape(evaluation: Evaluation, policy: str) -> Iterator[str]:
 
 
 def _refusals(evaluation: Evaluation, policy: str) -> Iterator[str]:
-    """Full refusals of harmful and of harmless prompts, by the classifier that nothing was tuned by."""
+    """Full refusals of harmful and harmless prompts, by a classifier that nothing was tuned with."""
     parts = []
     for kind, words in (("harmful", "harmful prompts"), ("harmless", "harmless prompts that look harmful")):
         own, before = (evaluation.measure(name, f"{kind}/refused") for name in (policy, evaluation.reference))
@@ -215,7 +215,7 @@ def _points(share: float) -> str:
 
 
 def _control(evaluation: Evaluation, path: str) -> str:
-    """What learning a drawn answer in place of the best one did, of one run or the mean of a study's seeds."""
+    """The effect of training on a random answer instead of the best, in one run or averaged over a study's seeds."""
     folder = Path(path)
     runs = [folder] if (folder / "eval").is_dir() else sorted(folder.glob("seed-*"))
     gaps = [gap for run in runs for gap in _drawn(run)]
@@ -260,7 +260,7 @@ def _drawn(run: Path) -> Iterator[Measure]:
 
 
 def policies_table(evaluation: Evaluation) -> Table:
-    """Every policy in a line, the best by the judge first; one that leaves harmless prompts unanswered comes last."""
+    """A row per policy, best by the judge first; policies that do not answer harmless prompts come last."""
     first = evaluation.reference
     rows = []
     for policy in best_first(evaluation):

@@ -1,7 +1,7 @@
-"""The page: sections of texts, tables, pictures and answers, as one HTML file that loads nothing and as Markdown.
+"""The page: sections of texts, tables, plots and answers, as a self-contained HTML file and as Markdown.
 
-All texts are plain: what stands between backticks is shown as code, everything else as it is, escaped where it is
-written. Numbers reach a page through `number`, `signed` and `percent`, so that both forms round alike.
+All texts are plain: text in backticks is shown as code, everything else verbatim and escaped on output. Numbers are
+formatted with `number`, `signed` and `percent`, so that both forms round the same way.
 """
 
 import re
@@ -20,29 +20,29 @@ _CODE = re.compile(r"`([^`]+)`")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell of a table: its figure or word, what is said beside it in small, and whether it is the best of its row."""
+    """One cell of a table: its text, a remark in small print, and whether it is the best of its row."""
 
     text: str
     beside: str = ""
     is_best: bool = False
-    is_paper: bool = False  # a number of the paper, not of this run
+    is_paper: bool = False  # from the paper, not this run
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table whose first column and first line name the others."""
+    """A table with a header row and a header column."""
 
     kind: ClassVar = "table"
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     note: str = ""
-    name: str = ""  # by which it can be found in the page
+    name: str = ""  # its anchor in the page
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A paragraph; `missing` says what is not there and which command makes it."""
+    """A paragraph; in tone `missing`, it says what is missing and which command makes it."""
 
     kind: ClassVar = "text"
     text: str
@@ -51,7 +51,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """Sentences, one to a line."""
+    """A list of sentences, one per line."""
 
     kind: ClassVar = "points"
     lines: Sequence[str]
@@ -66,12 +66,12 @@ class Picture:
     path: Path
     alt: str
     caption: str
-    is_wide: bool = False  # takes the width of the page; others stand two in a row where there is room
+    is_wide: bool = False  # full page width; other plots are two to a row if there is room
 
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """Small pictures that unfold under a title."""
+    """Small plots in a collapsible section."""
 
     kind: ClassVar = "gallery"
     title: str
@@ -80,7 +80,7 @@ class Gallery:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one policy said, and what is known of it."""
+    """One policy's answer, with its scores and remarks."""
 
     policy: str
     text: str
@@ -105,7 +105,7 @@ class Section:
     """A part of the page under a heading."""
 
     title: str
-    name: str  # of its anchor
+    name: str  # its anchor
     blocks: Sequence[Block]
 
 
@@ -114,24 +114,24 @@ class Page:
     """The whole report."""
 
     title: str
-    facts: Sequence[tuple[str, str]]  # of the run: what, and its value
+    facts: Sequence[tuple[str, str]]  # facts about the run: label and value
     sections: Sequence[Section] = field(default_factory=tuple)
 
     @property
     def pictures(self) -> list[Picture]:
-        """Those that stand by themselves, in their order."""
+        """The plots outside galleries, in order."""
         return [block for section in self.sections for block in section.blocks if isinstance(block, Picture)]
 
 
 def number(value: float, *, digits: int = 2) -> str:
-    """A figure, rounded; no minus before a zero."""
+    """A rounded figure, never "-0"."""
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
 
 def signed(value: float, *, digits: int = 2) -> str:
     """A difference, with its sign."""
-    # An end of an interval that rounds to 0 keeps its side: "[-0.20, -0.00]" lies below 0.
+    # An end of an interval that rounds to 0 keeps its sign: "[-0.20, -0.00]" is below 0.
     return f"{'-' if value < 0 else '+'}{abs(value):.{digits}f}"
 
 
@@ -141,7 +141,7 @@ def percent(value: float) -> str:
 
 
 def bare_percent(value: float) -> str:
-    """A fraction in percent without the sign, as the paper's tables have it."""
+    """A fraction in percent without the percent sign, as in the paper's tables."""
     return number(100 * value, digits=1)
 
 
@@ -157,7 +157,7 @@ def measure_cell(
 
 
 def measure_row(label: str, measures: Iterable[Measure | None], form: Callable[[float], str]) -> list[Cell]:
-    """A line of figures with their intervals under its name."""
+    """A labelled row of figures with intervals."""
     return [Cell(label), *(measure_cell(one, form) for one in measures)]
 
 
@@ -168,22 +168,22 @@ def with_interval(measure: Measure, form: Callable[[float], str]) -> str:
 
 
 def row(label: str, *texts: str) -> list[Cell]:
-    """A line of plain cells under its name."""
+    """A labelled row of plain cells."""
     return [Cell(text) for text in (label, *texts)]
 
 
 def paper_row(label: str, *texts: str) -> list[Cell]:
-    """A line of the paper's numbers."""
+    """A labelled row of the paper's numbers."""
     return [Cell(text, is_paper=True) for text in (label, *texts)]
 
 
 def html(page: Page) -> str:
-    """The page with its pictures inside; whatever text it holds is shown, never run."""
+    """The page as HTML with embedded plots; all text is escaped."""
     return _environment(is_escaped=True).get_template("report.html.jinja").render(page=page)
 
 
 def markdown(page: Page, folder: Path) -> str:
-    """The same as Markdown; picture paths are relative to `folder`."""
+    """The page as Markdown; plot paths are relative to `folder`."""
     return _environment(is_escaped=False).get_template("report.md.jinja").render(page=page, folder=folder)
 
 
@@ -208,10 +208,10 @@ def _environment(*, is_escaped: bool) -> Any:
 
 
 def _fenced(text: str) -> str:
-    """As code, behind a fence longer than any in it: Markdown and HTML in it stay letters."""
+    """A code block with a fence longer than any in the text, so that Markdown and HTML in it are literal."""
     return f"{fence(text)}text\n{text}\n{fence(text)}"
 
 
 def _plain(text: str) -> str:
-    """Text of ours or of the run, one line, without a tag that Markdown would pass on."""
+    """One line of text with HTML tags escaped for Markdown."""
     return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())

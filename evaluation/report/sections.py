@@ -34,7 +34,7 @@ _SCORERS = {
     "reward_safety": "safety model, safety prompts",
     "combined": "combined ranking",
 }
-# Next to an answer, in this order.
+# Scores shown next to an answer, in this order.
 _SCORES = (
     ("reward_helpfulness", "helpfulness"),
     ("reward_safety", "safety"),
@@ -49,7 +49,7 @@ _WARNING = (
 
 
 def sampling(facts: Facts, figures: Path) -> Section | None:
-    """Figures 7 and 8: the best and the median of N answers, and the temperature that is best."""
+    """Figures 7 and 8: the best and the median of N answers, and the best temperature."""
     curves = facts.curves
     if not curves:
         return None
@@ -57,7 +57,7 @@ def sampling(facts: Facts, figures: Path) -> Section | None:
     by_policy: dict[str, list[Curve]] = {}
     for curve in curves:
         by_policy.setdefault(curve.policy, []).append(curve)
-    # The curve nearest the temperature of the evaluation; without one that of the highest end.
+    # The curve closest to the evaluation's temperature, or without an evaluation the one with the highest end.
     chosen = [
         max(policy_curves, key=lambda one: one.reward if at is None else -abs(one.temperature - at))
         for policy_curves in by_policy.values()
@@ -99,7 +99,7 @@ def sampling(facts: Facts, figures: Path) -> Section | None:
 
 
 def rounds(facts: Facts) -> Section | None:
-    """Each step of RLHF against the policy that it began with, by what it measured itself."""
+    """Each RLHF step compared with its starting policy, by its own figures."""
     if facts.evaluation is None:  # then this table is the headline
         return None
     steps = [step for step in facts.policies if f"{step.command}/test/difference/score" in step.summary]
@@ -136,7 +136,7 @@ def rounds(facts: Facts) -> Section | None:
 
 
 def ghost_attention(facts: Facts, figures: Path) -> Section | None:
-    """Table 30 in shape: how many dialogs keep the instruction of the first turn, by turn."""
+    """As in Table 30: share of dialogs that keep the first turn's instruction, by turn."""
     kept, chance = _consistency(facts)
     if not kept:
         return None
@@ -182,7 +182,7 @@ def ghost_attention(facts: Facts, figures: Path) -> Section | None:
 
 
 def comparison(facts: Facts, figures: Path) -> Section | None:
-    """Figure 11 in shape: win rates, and where policies lie in the plane of helpfulness and safety."""
+    """As in Figure 11: win rates, and policies in the plane of helpfulness and safety."""
     evaluation = facts.evaluation
     if evaluation is None:
         return None
@@ -191,7 +191,7 @@ def comparison(facts: Facts, figures: Path) -> Section | None:
 
 
 def safety(facts: Facts, figures: Path) -> Section | None:
-    """Violations, refusals and false refusals, and what context distillation did."""
+    """Violations, refusals and false refusals, and the effect of context distillation."""
     evaluation = facts.evaluation
     blocks: list[Block] = []
     if evaluation is not None:
@@ -209,7 +209,7 @@ def _change(step: RunStep, name: str, digits: int) -> Cell:
 
 
 def _consistency(facts: Facts) -> tuple[dict[str, dict[int, Measure]], dict[str, dict[int, Measure]]]:
-    """Kept and by chance, name -> turn -> share: of all policies by the evaluation, else of gatt by itself."""
+    """Consistency and chance level, name -> turn -> share: of all policies from the evaluation, else from gatt."""
     kept: dict[str, dict[int, Measure]] = {}
     chance: dict[str, dict[int, Measure]] = {}
     evaluation = facts.evaluation
@@ -314,7 +314,7 @@ _OUTCOMES = {
 
 
 def _outcomes(facts: Facts, evaluation: Evaluation, figures: Path) -> list[Block]:
-    """What answers do to harmful and harmless prompts, side by side, next to Llama-2-70b-chat's."""
+    """Outcomes of answers to harmful and harmless prompts, compared with Llama-2-70b-chat's."""
     if not evaluation.has("harmful/refused") and not evaluation.has("harmless/refused"):
         return []
     of_files = (name.rpartition("/")[0] for policy in evaluation.policies for name in evaluation.figures[policy])
@@ -421,7 +421,7 @@ def _distillation(step: RunStep) -> Table | None:
 def _series(
     evaluation: Evaluation, policies: Sequence[str], labels: Mapping[str, str]
 ) -> dict[str, dict[str, Measure]]:
-    """Label -> policy -> figure, of the figures that were measured of some policy."""
+    """Label -> policy -> figure, for figures measured for at least one policy."""
     series = {
         label: {policy: one for policy in policies if (one := evaluation.measure(policy, key)) is not None}
         for key, label in labels.items()
@@ -439,7 +439,7 @@ def _in_words(series: Mapping[str, Mapping[str, Measure]]) -> str:
 
 
 def answers(facts: Facts, count: int) -> Section | None:
-    """A number of prompts with all policies' answers; kinds of prompts in turn, so that few still show each."""
+    """`count` prompts with all policies' answers, alternating between kinds of prompts."""
     if not count:
         return None
     samples = _of_evaluation(facts, count) if facts.evaluation is not None else []
@@ -493,7 +493,7 @@ def _title(kind: str, prompt: Sequence[tuple[str, str]]) -> str:
 
 
 def _preferring(answers: Mapping[str, SampledAnswer]) -> dict[str, list[str]]:
-    """Policy -> the models that give its answer the highest score, where one answer alone has it."""
+    """Policy -> the models that give its answer the unique highest score."""
     preferring: dict[str, list[str]] = {}
     for key, label in _SCORES:
         scores = {policy: value for policy, one in answers.items() if (value := one.scores.get(key)) is not None}

@@ -1,8 +1,7 @@
-"""The report on a run: reads what the finished steps left, draws, writes one page in two forms.
+"""The report on a run: read the results of finished steps, draw plots, and write one page in two formats.
 
-It covers whatever is finished of a recipe and names each missing step with its command. Writes the step
-folder's figures/, report.html, report.md, summary.json and, last, artifact/ with both pages. A killed report keeps no
-state and starts from the beginning.
+It covers the finished steps of a recipe and names each missing step with its command. Writes the step folder's
+figures/, report.html, report.md, summary.json and, last, artifact/ with both pages. A killed report starts over.
 """
 
 import logging
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Read, draw, write, publish."""
+    """Read results, draw plots, write and publish the page."""
     folder = inputs.folder
     facts = read_facts(inputs)
     remove_tree(folder.figures)
@@ -47,7 +46,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     lacking = missing(facts)
     for line in lacking:
         log.info("%s", line)
-    # The pictures go to wandb without the answers: prompts and answers stay in the files.
+    # wandb gets the plots but no prompts or answers, which stay in the files.
     with open_record(inputs, "report", resume_step=None) as tracker:
         for picture in page.pictures:
             tracker.figure(picture.path.stem, picture.path)
@@ -68,7 +67,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
 
 
 def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
-    """In the paper's order; a section that has nothing to show is left out, and the last one says why."""
+    """Sections in the paper's order, without empty ones; the last one says why they are left out."""
     sections = [
         headline(facts, figures, config.control),
         supervised(facts),

@@ -1,4 +1,4 @@
-"""Supervised tuning (section 3.1) and reward models (section 3.2.2; Tables 7, 8 and 29), ours beside the paper's; DPO."""
+"""Supervised tuning (section 3.1) and reward models (section 3.2.2; Tables 7, 8, 29) next to the paper's; DPO."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ _LABELS = {rating: rating.replace("_", " ") for rating in paper.RATINGS}
 
 
 def supervised(facts: Facts) -> Section | None:
-    """What tuning did to the loss on held-out answers, for each step that tunes."""
+    """Change of the loss on held-out answers, for each step that tunes."""
     steps = [step for step in facts.policies if "sft/eval_loss" in step.summary]
     if not steps:
         return None
@@ -44,7 +44,7 @@ def supervised(facts: Facts) -> Section | None:
 
 
 def preferences(facts: Facts) -> Section | None:
-    """What DPO did to held-out pairs."""
+    """Change of DPO's figures on held-out pairs."""
     steps = facts.by_command("dpo")
     if not steps:
         return None
@@ -61,7 +61,7 @@ def preferences(facts: Facts) -> Section | None:
 
 
 def reward_models(facts: Facts, figures: Path) -> Section | None:
-    """Accuracy on pairs by domain and rating, and on answers labelled unsafe."""
+    """Accuracy on pairs by domain and rating, and recall of answers labelled unsafe."""
     models = facts.reward_models
     if not models:
         return None
@@ -79,7 +79,7 @@ def reward_models(facts: Facts, figures: Path) -> Section | None:
 
 
 def _probed(models: dict[str, RunStep]) -> list[Block]:
-    """Whether rejection sampling and PPO may trust these models: the verdicts of the probe, and its figures."""
+    """Whether rejection sampling and PPO can trust these models: the probe's verdicts and figures."""
     rows, verdicts = [], []
     for which, step in models.items():
         if "probe" not in step.published.details:
@@ -100,7 +100,7 @@ def _probed(models: dict[str, RunStep]) -> list[Block]:
 
 
 def _worst(step: RunStep, pattern: str) -> Measure | None:
-    """The lowest of the step's figures of this name."""
+    """The lowest of the step's figures that match this pattern."""
     names = [name for name in step.summary if re.fullmatch(pattern, name) and f"{name}_prompts" in step.summary]
     return step.measure(min(names, key=lambda name: step.summary[name])) if names else None
 
@@ -113,7 +113,7 @@ def _by_domain(models: dict[str, RunStep]) -> Table:
     for rule, label in (("longer_wins", "ours: the longer answer wins"), ("tfidf", "ours: TF-IDF of the domain")):
         measures = []
         for domain in _DOMAINS:
-            # Next to each model stands a TF-IDF trained on its own pairs: here that of the domain's own model.
+            # Each model comes with a TF-IDF baseline trained on its own pairs; here, that of the domain's own model.
             which = domain if domain in models else next(iter(models))
             is_shown = rule == "longer_wins" or which == domain
             measures.append(models[which].measure(f"rm/{which}/test/{domain}/{rule}") if is_shown else None)
@@ -136,7 +136,7 @@ def _by_domain(models: dict[str, RunStep]) -> Table:
 
 
 def _ratings(step: RunStep, which: str, domain: str) -> list[Measure | None]:
-    """By rating, strongest first, then all."""
+    """Figures by rating, strongest first, then overall."""
     start = f"rm/{which}/test/{domain}/accuracy"
     return [*(step.measure(f"{start}_{rating}") for rating in paper.RATINGS), step.measure(start)]
 

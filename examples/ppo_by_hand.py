@@ -1,4 +1,4 @@
-"""PPO by hand: a policy, a reference, a rule that scores answers, and three iterations without a critic (RLOO).
+"""PPO by hand: a policy, a reference, a rule that scores answers, and three iterations with RLOO, without a critic.
 
     python examples/ppo_by_hand.py runs/tiny/sft
 
@@ -31,7 +31,7 @@ K = 4  # answers to each prompt
 def train(
     policy: Policy, reference: Policy, prompts: Sequence[Prompt], *, score: Callable[[str], float], max_new_tokens: int
 ) -> list[float]:
-    """Train the policy for three iterations; the mean score of each iteration's answers."""
+    """Train the policy for three iterations; return the mean score of each iteration's answers."""
     chat_format, means = policy.chat_format, []
     engine = open_engine(policy.model, chat_format, Rollout())
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=2e-5)

@@ -1,1 +1,1 @@
-"""Serving: talk with a policy, and sample its answers to a file of prompts."""
+"""Serving: chat with a policy, sample and score answers in files, and export models."""

@@ -1,4 +1,4 @@
-"""Files of records that a command answers or scores: reading prompts, a record as written, a bar."""
+"""Files of records to answer or score: reading prompts, writing records, and a progress bar."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def read_prompts(
     path: Path, *, forbidden: Sequence[str], make: Callable[[Row, Prompt], Item | Problem], limit: int | None = None
 ) -> list[Item]:
-    """What `make` makes of every prompt of the file, or of the first `limit`; all of its bad lines in one error."""
+    """Apply `make` to every prompt of the file, or the first `limit`; one error lists all bad lines."""
     problems: list[Problem] = []
     items: list[Item] = []
     without = 0
@@ -51,7 +51,7 @@ def read_prompts(
 
 
 def too_long(line: int, *, limit: int, policy: str) -> Problem:
-    """A prompt whose last question alone leaves no room for an answer."""
+    """The problem of a prompt whose last question leaves no room for an answer."""
     return problem(
         line,
         "prompt",
@@ -62,7 +62,7 @@ def too_long(line: int, *, limit: int, policy: str) -> Problem:
 
 
 def as_written(value: Any, record: Record) -> dict[str, Any]:
-    """The record as it came where it is one of ours; of a foreign form, what was read of it."""
+    """The record unchanged if it is in our format, otherwise the fields that were parsed from it."""
     if kind_of(value) is not None and any(isinstance(value.get(key), list) for key in ("prompt", "messages")):
         return dict(value)
     if isinstance(record, Dialog):
@@ -80,7 +80,7 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def progress(total: int, done_word: str, things: str) -> Iterator[Callable[[int], None]]:
-    """A bar in a terminal, on standard error; a line for every tenth where there is none."""
+    """A progress bar on standard error in a terminal, otherwise a log line for every tenth."""
     console = Console(stderr=True)
     if not console.is_terminal:
         done = 0

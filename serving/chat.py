@@ -1,7 +1,7 @@
-"""Talk with a policy: one answer, or a conversation with its history, streamed as it is sampled.
+"""Chat with a policy: one answer, or a conversation with history, streamed while sampling.
 
-Reads and writes through two functions, so that a terminal, a pipe and a test work alike. What is shown
-is the answer alone: no stop token, and no control character that could steer the terminal.
+Reads and writes through two functions, so that terminals, pipes and tests work the same way. Only the answer is shown:
+no stop token, and no control character that could affect the terminal.
 """
 
 import json
@@ -34,10 +34,10 @@ HALF_A_CHARACTER = "\ufffd"
 
 
 def chat_once(policy: Policy, text: str, *, system: str | None, sampling: Sampling, write: Write) -> str:
-    """The policy's answer to one message, written piece by piece.
+    """Sample the policy's answer to one message and write it piece by piece.
 
-    `system` None is the text that the policy was trained with, "" none. Truncation is logged, so that only the answer
-    is written.
+    `system` None is the text that the policy was trained with, "" is no text. Truncation is logged, so that only the
+    answer is written.
     """
     conversation = Conversation(policy, system=_system(policy, system))
     return conversation.ask(text, sampling=sampling, write=write, note=lambda text: log.warning("%s", text))
@@ -46,9 +46,9 @@ def chat_once(policy: Policy, text: str, *, system: str | None, sampling: Sampli
 def chat_loop(
     policies: Sequence[Policy], *, system: str | None, sampling: Sampling, read: Callable[[str], str], write: Write
 ) -> None:
-    """A conversation with one policy, or the same one with several, until `/quit` or the end of the input.
+    """Hold a conversation with one or several policies until `/quit` or the end of the input.
 
-    `read` shows its argument and gives a line, or raises EOFError. Ctrl-C stops an answer, which is then forgotten.
+    `read` shows its argument and returns a line or raises EOFError. Ctrl-C stops an answer, which is then discarded.
     """
     conversations = [
         Conversation(policy, system=_system(policy, system), label=label)
@@ -77,14 +77,14 @@ def chat_loop(
 
 
 def labels(policies: Sequence[Policy]) -> list[str]:
-    """A distinct name for each policy, also for two copies of one run."""
+    """A unique name for each policy, even for two copies of one run."""
     names = [policy.name for policy in policies]
     return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names, start=1)]
 
 
 @dataclass(slots=True)
 class Conversation:
-    """What one policy has heard and said."""
+    """The conversation with one policy."""
 
     policy: Policy
     system: str | None
@@ -99,11 +99,11 @@ class Conversation:
         self.engine = open_engine(self.policy)
 
     def ask(self, text: str, *, sampling: Sampling, write: Write, note: Write) -> str:
-        """The answer to the next message, written as it comes; both join the history if the answer is valid in it."""
+        """Sample and write the answer to the next message; both join the history if the answer is valid there."""
         prompt = self._prompt(text, max_new_tokens=sampling.max_new_tokens)
         self.question, self.is_answered = text, False
         printer = _Printer(self.policy, write)
-        # With the same numbers at every turn, one unlikely draw would come back in every answer.
+        # The same random numbers in every turn would repeat one unlikely draw in every answer.
         completion = self.engine.stream(
             self.policy.chat_format.encode_prompt(prompt),
             sampling=replace(sampling, seed=sampling.seed + self.num_questions),
@@ -118,7 +118,7 @@ class Conversation:
             check_messages(pair, ends_with="assistant")
             self.policy.chat_format.check_text(pair)
         except DialogError as error:
-            # The rest of the reason is about training on such a text.
+            # The rest of the reason only concerns training.
             reason = error.reason.partition(". ")[0].rstrip(".")
             note(f"(left out of the conversation: the answer {reason})")
         else:
@@ -133,7 +133,7 @@ class Conversation:
             self.is_answered = False
 
     def reset(self, system: str | None) -> None:
-        """Forget what was said, and begin with this system text."""
+        """Clear the history and start with this system text."""
         self.turns.clear()
         self.question, self.is_answered = "", False
         self.system = system
@@ -154,7 +154,7 @@ class Conversation:
 
 
 class _Printer:
-    """Writes what is new of an answer as its tokens come."""
+    """Writes the new part of an answer as its tokens arrive."""
 
     def __init__(self, policy: Policy, write: Write) -> None:
         self._policy = policy
@@ -164,11 +164,11 @@ class _Printer:
 
     def add(self, token: int) -> None:
         self._ids.append(token)
-        # A character of several bytes may be there in part: it is held back until it is whole.
+        # A multi-byte character may be incomplete, so it is held back until it is complete.
         self._show(self._text().rstrip(HALF_A_CHARACTER))
 
     def finish(self, completion: Completion) -> str:
-        """Write what was held back, and the end of the line; the answer as data."""
+        """Write the held-back rest and a line break; return the answer."""
         self._ids = list(completion.token_ids)
         self._show(self._text())
         self._write("\n")
@@ -202,7 +202,7 @@ def _ask_all(text: str, conversations: Sequence[Conversation], *, sampling: Samp
 
 
 def _obey(line: str, conversations: Sequence[Conversation]) -> str:
-    """Do what a command says; what to tell about it."""
+    """Run a chat command and return its message."""
     command, _, argument = line.partition(" ")
     argument = argument.strip()
     if command == "/reset":

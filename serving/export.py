@@ -1,10 +1,10 @@
-"""A policy as a folder that plain transformers loads: one merged model, or the adapter next to its base.
+"""Export a policy as a folder that plain transformers loads: a merged model, or the adapter for its base.
 
 Reads a policy artifact and, for an adapter, the weights of its base; writes weights, tokenizer with chat template,
-configs, a model card and `export.json`. Before it is published, transformers alone loads it, and both get
-the same built-in questions: the log-probabilities (nats) of each token of the policy's own greedy answers and of built-in
-answers are compared, the greedy answers, and the ids of the prompts. Answers are compared as ids, since for bytes that
-make no character the two tokenizers show different marks.
+configs, a model card and `export.json`. Before publishing, the folder is loaded with transformers alone and compared
+with the policy on built-in questions: log-probabilities (nats) of each token of the policy's greedy answers and of
+built-in answers, the greedy answers, and the prompt ids. Answers are compared as ids, since the two tokenizers decode
+invalid bytes differently.
 """
 
 import gc
@@ -48,10 +48,10 @@ NOTE = "export.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
-# Of one token's log-probability, in nats. A merged weight is rounded once more than weight and adapter apart, by up to
-# 2^-9 of its size in bf16, and logits between 16 and 32 are 1/8 apart there: two such steps. In fp16 steps are 8 times
-# finer. In fp32 only the order of the sums differs. One token of a small model may move more, since rounding adds up over its
-# layers (1.4 nats with SmolLM2-135M in 4 bits, whose own bf16 is 0.3 from fp32): then the mean decides, at half of this.
+# Tolerance of a token's log-probability, in nats. Merging rounds a weight once more, by up to 2^-9 of its size in bf16,
+# where logits between 16 and 32 are 1/8 apart: two such steps. fp16 steps are 8 times finer. In fp32 only the order of
+# sums differs. A single token of a small model may differ more, since rounding accumulates over layers (1.4 nats with
+# SmolLM2-135M in 4 bits, whose bf16 itself is 0.3 from fp32); then the mean decides, at half of this.
 TOLERANCE = {"bfloat16": 0.25, "float16": 0.03, "float32": 0.001}
 
 QUESTIONS = (
@@ -65,7 +65,7 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=32, seed=0)
 
 
 class ExportError(LlamachatError):
-    """The exported folder does not say what the policy says."""
+    """The exported model does not match the policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +75,11 @@ class Request:
     artifact: Artifact
     out: Path
     format: Format = "merged"
-    onto: Onto | None = None  # of a QLoRA policy: what it is merged onto; default: quantized
+    onto: Onto | None = None  # what a QLoRA policy is merged onto; default: quantized
     shard_gb: float = 5.0
     should_overwrite: bool = False
     may_differ: bool = False
-    dtype: str | None = None  # of a reward model's weights; a policy keeps the number format of its training
+    dtype: str | None = None  # of a reward model's weights; a policy keeps its training dtype
 
     def __post_init__(self) -> None:
         if not self.shard_gb > 0:
@@ -112,7 +112,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the policy says to one question: ids and log-probabilities of its greedy answer, then of the built-in."""
+    """The policy's result for one question: ids and log-probabilities of its greedy and the built-in answer."""
 
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
@@ -123,22 +123,22 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far the exported model is from the policy."""
+    """How closely the exported model matches the policy."""
 
     max_logprob_difference: float  # of a token's log-probability, in nats
     mean_logprob_difference: float
     tokens: int
     questions: int
-    equal_prompts: int  # questions whose prompt ids come out the same through the exported chat template
-    equal_greedy_answers: int  # questions whose greedy answer is the same
+    equal_prompts: int  # questions with identical prompt ids from the exported chat template
+    equal_greedy_answers: int  # questions with the same greedy answer
 
 
 @dataclass(frozen=True, slots=True)
 class PolicySnapshot:
-    """What an export needs of the policy after it has left memory."""
+    """What an export needs from the policy after it is unloaded."""
 
     name: str
-    dtype: torch.dtype  # of training, 4 bits aside
+    dtype: torch.dtype  # training dtype, ignoring 4-bit weights
     answers: list[Answer]
     chat_format: ChatFormat
     max_tokens: int
@@ -149,7 +149,7 @@ def take_snapshot(artifact: Artifact) -> PolicySnapshot:
     """Load the policy, sample its answers to the built-in questions, and free its memory."""
     log.info("asking %s the questions that the export is compared on", artifact.path)
     policy = load_policy(artifact.path, device="auto")
-    embedding: Any = policy.model.get_input_embeddings()  # the first in the number format of training
+    embedding: Any = policy.model.get_input_embeddings()  # embeddings have the training dtype
     snapshot = PolicySnapshot(
         policy.name, embedding.weight.dtype, answers_of(policy), policy.chat_format, policy.max_tokens, policy.system
     )
@@ -159,7 +159,7 @@ def take_snapshot(artifact: Artifact) -> PolicySnapshot:
 
 
 def export_policy(request: Request, snapshot: PolicySnapshot | None = None) -> Agreement:
-    """Write the folder, compare it with the policy, and move it to its name."""
+    """Write the folder, compare it with the policy, and move it to its final path."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     snapshot = snapshot or take_snapshot(request.artifact)
@@ -176,7 +176,7 @@ def export_policy(request: Request, snapshot: PolicySnapshot | None = None) -> A
 
 @contextmanager
 def written_folder(request: Request, dtype: torch.dtype) -> Iterator[tuple[Path, Path]]:
-    """The folder with weights and tokenizer, which is published when the block ends, and the folder of the base."""
+    """Folder with weights and tokenizer, published when the block ends, and the base's folder."""
     base = base_folder(request)
     with incoming_folder(request.out) as side:
         log.info("writing %s", request.out)
@@ -190,19 +190,19 @@ def written_folder(request: Request, dtype: torch.dtype) -> Iterator[tuple[Path,
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """The largest difference of a token's log-probability that rounding explains, in nats."""
+    """Maximum difference of a token's log-probability that rounding explains, in nats."""
     return TOLERANCE[str(dtype).removeprefix("torch.")]
 
 
 def base_folder(request: Request) -> Path:
-    """The folder with the weights that are not the adapter's."""
+    """The folder with the base weights."""
     if request.method == "full":
         return request.artifact.path
     return weights_folder(find_trunk(request.artifact, request.artifact.manifest.details)[0])
 
 
 def write_merged(request: Request, side: Path, base: Path, dtype: torch.dtype) -> None:
-    """Add one whole model: config, the weights with the adapter merged, and the licence of the base."""
+    """Add a complete model: config, weights with the adapter merged, and the base's licence."""
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(str(base))
@@ -231,14 +231,14 @@ def write_merged(request: Request, side: Path, base: Path, dtype: torch.dtype) -
         device=device_of("auto"),
     )
     for file in side.glob("*.safetensors"):
-        shutil.copymode(side / "config.json", file)  # safetensors leaves them to their owner alone
+        shutil.copymode(side / "config.json", file)  # safetensors makes files readable by their owner only
     for pattern in LICENCE_FILES:
         for file in base.glob(pattern):
             shutil.copyfile(file, side / file.name)
 
 
 def copy_tokenizer(request: Request, side: Path) -> None:
-    """Add the tokenizer of the artifact; its chat template also as the file that some programs look for."""
+    """Add the artifact's tokenizer, and its chat template also as the separate file that some programs expect."""
     for file in TOKENIZER_FILES:
         if (request.artifact.path / file).is_file():
             shutil.copyfile(request.artifact.path / file, side / file)
@@ -247,17 +247,17 @@ def copy_tokenizer(request: Request, side: Path) -> None:
 
 
 def write_adapter(request: Request, side: Path, base: Path) -> None:
-    """Add the adapter, with the name of its base as others know it."""
+    """Add the adapter, with the public name of its base."""
     artifact = request.artifact
     shutil.copyfile(artifact.path / ADAPTER_WEIGHTS, side / ADAPTER_WEIGHTS)
     config = json.loads((artifact.path / "adapter_config.json").read_text(encoding="utf-8"))
-    # A relative folder means nothing to who loads it from elsewhere.
+    # A relative path is meaningless when the adapter is loaded from elsewhere.
     config["base_model_name_or_path"] = adapter_base(request, base)
     write_json(side / "adapter_config.json", config)
 
 
 def adapter_base(request: Request, base: Path) -> str:
-    """How others name the base of the adapter: its hub name, or its folder on this machine."""
+    """The public name of the adapter's base: its hub name, or its folder on this machine."""
     details = request.artifact.manifest.details
     return str(base.resolve()) if details["base_is_folder"] else str(details["base"])
 
@@ -265,10 +265,10 @@ def adapter_base(request: Request, base: Path) -> str:
 def load_plain(
     request: Request, side: Path, base: Path, kind: Any, *, dtype: Any, compute: torch.dtype, **config: Any
 ) -> Any:
-    """What was written, as a user of transformers loads it in a model of the class `kind`."""
+    """Load the written folder as a user of transformers would, with model class `kind`."""
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    # More than one GPU holds, as a merged 13B on 24 GB, goes in part to the CPU.
+    # A model that does not fit on one GPU, such as a merged 13B on 24 GB, is partly placed on the CPU.
     arguments: dict[str, Any] = {"dtype": dtype, **({"device_map": "auto"} if torch.cuda.is_available() else {})}
     if request.format == "merged":
         return kind.from_pretrained(str(side), **arguments).eval()
@@ -299,7 +299,7 @@ def _judge(request: Request, agreement: Agreement, dtype: torch.dtype) -> None:
     wrong = []
     if agreement.equal_prompts < agreement.questions:
         wrong.append(f"{agreement.questions - agreement.equal_prompts} prompts have other token ids")
-    # On other weights than those of training the difference is the user's choice, and was logged above.
+    # On weights other than those of training, the difference is the user's choice and was logged above.
     if agreement.max_logprob_difference > limit and request.onto != "original":
         if agreement.mean_logprob_difference > limit / 2:
             wrong.append(
@@ -322,7 +322,7 @@ def _judge(request: Request, agreement: Agreement, dtype: torch.dtype) -> None:
 
 
 def report_faults(request: Request, faults: Sequence[str], difference: float) -> None:
-    """Refuse an export that differs more than rounding explains; a warning where that, if it is finite, is allowed."""
+    """Raise if the export differs by more than rounding explains; only warn if that is allowed and finite."""
     if faults and not (request.may_differ and math.isfinite(difference)):
         raise ExportError(
             f"{request.out}: {'; '.join(faults)}. The exported model has to give what the artifact gives, up to the "
@@ -334,7 +334,7 @@ def report_faults(request: Request, faults: Sequence[str], difference: float) ->
 
 
 def provenance_of(request: Request, base: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """What `export.json` says of every export: which artifact and base it was made of, and how."""
+    """Common content of `export.json`: the artifact and base, and how they were exported."""
     manifest = request.artifact.manifest
     is_adapter = request.format == "adapter"
     return {
@@ -352,14 +352,14 @@ def provenance_of(request: Request, base: Path, dtype: torch.dtype) -> dict[str,
 def write_notes(
     request: Request, side: Path, base: Path, note: Mapping[str, Any], card: Callable[[Facts], str], *, name: str
 ) -> None:
-    """Add `export.json` with this content, and the model card that it makes."""
+    """Add `export.json` with this content, and the model card made from it."""
     note = {**note, "versions": library_versions()}
     write_json(side / NOTE, note)
     (side / "README.md").write_text(card(Facts(request.artifact, name, base, note)), encoding="utf-8")
 
 
 def answers_of(policy: Policy) -> list[Answer]:
-    """What the policy says to each built-in question, asked as `llamachat chat` asks it at temperature 0."""
+    """The policy's answers to the built-in questions, as `llamachat chat` at temperature 0 gives them."""
     engine = open_engine(policy)
     limit = longest_dialog(policy, engine)
     answers = []
@@ -398,11 +398,11 @@ def compare(model: Any, tokenizer: "PreTrainedTokenizerBase", answers: Sequence[
             return_tensors="pt",
         )
         equal_prompts += tuple(prompt["input_ids"][0].tolist()) == answer.prompt_ids
-        # As a user of transformers generates it.
+        # As a user of transformers would generate it.
         ids = {name: prompt[name].to(model.device) for name in ("input_ids", "attention_mask")}
         generated = model.generate(**ids, do_sample=False, max_new_tokens=len(answer.greedy_ids))
         equal_greedy_answers += tuple(generated[0, ids["input_ids"].shape[1] :].tolist()) == answer.greedy_ids
-    # A NaN counts as infinite, so `max` cannot hide it.
+    # NaN counts as infinite, so that `max` does not hide it.
     differences_N = torch.tensor(differences, dtype=torch.float64).nan_to_num(nan=float("inf"))
     return Agreement(
         max_logprob_difference=float(differences_N.max()),

@@ -1,9 +1,9 @@
-"""A policy as a GGUF file for llama.cpp, LM Studio or Ollama.
+"""Export a policy as a GGUF file for llama.cpp, LM Studio or Ollama.
 
-The adapter is merged as by `--format merged`, llama.cpp's own converter writes the file, and its quantizer makes it
-smaller. The file is read back with the package `gguf`: its tokenizer, chat template and shape must be the policy's, and
-its weights the merged model's, up to rounding. llama.cpp puts one BOS in front of a prompt and removes the one of the
-chat template for that, so `add_bos_token` has to be true although the template writes a BOS of its own.
+The adapter is merged as with `--format merged`; llama.cpp's converter writes the file and its quantizer shrinks it. The
+file is read back with the package `gguf`: tokenizer, chat template and shape must be the policy's, and the weights the
+merged model's, up to rounding. llama.cpp adds one BOS to a prompt and removes the chat template's for it, so
+`add_bos_token` must be true although the template writes BOS.
 """
 
 import json
@@ -48,24 +48,24 @@ from serving.model_card import model_card, plain_name
 log = logging.getLogger(__name__)
 
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
-CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what the converter writes by itself
+CONVERTED = ("f32", "f16", "bf16", "q8_0")  # formats the converter writes directly
 LAST_LINES = 12
 NEWER = "Nothing was written. Take a newer llama.cpp."
-_KINDS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # the converter's word for a number format
-# What `llamachat chat` samples with; Ollama's own defaults have a top-k, a min-p and penalties.
+_KINDS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # the converter's names of dtypes
+# Sampling parameters of `llamachat chat`; Ollama's defaults include top-k, min-p and penalties.
 PARAMETERS = {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": 0, "repeat_penalty": 1}
 QUOTE = '"""'
-MOST_DIFFERENCE = 0.6  # of a tensor's root mean square: two bits lose 0.3 of it, other weights are more than 1 away
+MOST_DIFFERENCE = 0.6  # relative to a tensor's RMS: two bits give 0.3, different weights more than 1
 
 
 @dataclass(frozen=True, slots=True)
 class GgufRequest:
     """What to write where."""
 
-    folder: Request  # for the merged folder that the converter reads, and the place of the result
+    folder: Request  # for the merged folder read by the converter, and the output path
     llama_cpp: Path
     form: Literal["gguf", "ollama"] = "gguf"
-    quantize: str | None = None  # None keeps the number format of the weights
+    quantize: str | None = None  # None keeps the dtype of the weights
 
     def __post_init__(self) -> None:
         manifest = self.folder.artifact.manifest
@@ -88,7 +88,7 @@ class GgufRequest:
 
 
 def export_gguf(request: GgufRequest) -> tuple[Path, float]:
-    """Write the folder with the GGUF file and check that; return the file and its `weight_difference`."""
+    """Write the folder with the GGUF file and check it; return the file and its `weight_difference`."""
     snapshot = take_snapshot(request.folder.artifact)
     own = _KINDS[str(snapshot.dtype).removeprefix("torch.")]
     quantization = request.quantize or own
@@ -115,12 +115,12 @@ def export_gguf(request: GgufRequest) -> tuple[Path, float]:
 
 
 def _prepare(merged: Path, snapshot: PolicySnapshot) -> None:
-    """Give the converter a tokenizer.model, the chat template without marks, and the lengthened context."""
+    """Prepare the folder for the converter: tokenizer.model, chat template without markers, lengthened context."""
     plain = snapshot.chat_format.plain_chat_template
     (merged / CHAT_TEMPLATE).write_text(plain, encoding="utf-8")
     _change(merged / "tokenizer_config.json", chat_template=plain)
     config = LlamaConfig.from_pretrained(str(merged))
-    if rope_parameters(config)["rope_type"] == "linear":  # llama.cpp serves no more positions, whatever the factor
+    if rope_parameters(config)["rope_type"] == "linear":  # llama.cpp supports no more positions, whatever the factor
         _change(merged / "config.json", max_position_embeddings=context_length(config))
     tokenizer = snapshot.chat_format.tokenizer
     if tokenizer.sentencepiece_model is None and not _is_byte_level(tokenizer):
@@ -133,7 +133,7 @@ def _change(file: Path, **values: Any) -> None:
 
 
 def _finish(request: GgufRequest, side: Path, file: Path, snapshot: PolicySnapshot, figures: Mapping[str, Any]) -> None:
-    """Replace the merged folder by card, note and licences; add Ollama's Modelfile."""
+    """Replace the merged folder with card, note and licences; add Ollama's Modelfile."""
     merged = side / "merged"
     note = json.loads((merged / NOTE).read_text(encoding="utf-8"))
     note |= {"format": request.form, "file": file.name, **figures}
@@ -147,19 +147,19 @@ def _finish(request: GgufRequest, side: Path, file: Path, snapshot: PolicySnapsh
 
 
 def modelfile(file: str, chat_format: ChatFormat, *, system: str | None, max_tokens: int) -> str:
-    """The Modelfile with which Ollama serves the GGUF file of this name (https://docs.ollama.com/modelfile)."""
+    """The Modelfile for serving this GGUF file with Ollama (https://docs.ollama.com/modelfile)."""
     lines = [f"FROM ./{file}", "", f"TEMPLATE {QUOTE}{chat_format.go_template}{QUOTE}", ""]
     if system:
         check_system(system)
         lines += [f"SYSTEM {QUOTE}{system}{QUOTE}", ""]
     lines += [f"PARAMETER {name} {value}" for name, value in {"num_ctx": max_tokens, **PARAMETERS}.items()]
-    # The stop token ends an answer by itself; a tag of the format in it would be read as the next turn.
+    # Besides the stop token, stop at the format's tags, which would be read as the next turn.
     lines += [f'PARAMETER stop "{tag}"' for tag in chat_format.forbidden]
     return "\n".join(lines) + "\n"
 
 
 def check_system(system: str) -> None:
-    """Refuse a system text of which Ollama's parser would drop a character: what Go does not call printable."""
+    """Raise if Ollama's parser would drop a character of the system text, one not printable according to Go."""
     lost = sorted({c for c in system if c not in " \t\n\r" and unicodedata.category(c)[0] in "CZ"})
     if QUOTE in system or lost:
         culprit = "three quotes in a row" if QUOTE in system else f"the character {lost[0]!a}"
@@ -170,7 +170,7 @@ def check_system(system: str) -> None:
 
 
 def _require_llama_cpp(folder: Path, quantization: str) -> None:
-    """Refuse a folder of llama.cpp without what this quantization needs."""
+    """Raise if the llama.cpp folder lacks what this quantization needs."""
     if not (folder / CONVERTER).is_file():
         raise UsageError(
             f"--llama-cpp: '{folder}' has no {CONVERTER}. It writes the file, and is in the source of llama.cpp, not in its "
@@ -191,7 +191,7 @@ def _program(folder: Path, name: str) -> Path | None:
 
 def _run(command: list[str], out: Path) -> str:
     """Run a program that writes `out` and return its output; raise an error with its last lines if it fails."""
-    # Nothing is fetched, and nothing is written into a folder that is the user's.
+    # Nothing is downloaded, and nothing is written to the user's folders.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, **pipes, env=environment, text=True, errors="replace")
@@ -213,15 +213,15 @@ def _package() -> Any:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The key-value pairs of the file."""
+    """The GGUF file's key-value metadata."""
     return {key: field.contents() for key, field in _package().GGUFReader(file).fields.items()}
 
 
 def check_header(header: Mapping[str, Any], merged: Path, chat_format: ChatFormat) -> None:
-    """Refuse a file whose tokenizer, chat template or shape is not that of the merged folder."""
+    """Raise if the file's tokenizer, chat template or shape differs from the merged folder's."""
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(merged)
-    expected: dict[str, tuple[Any, Any]] = {  # key -> what it must be, what its absence means
+    expected: dict[str, tuple[Any, Any]] = {  # key -> required value, value if absent
         "llama.block_count": (config["num_hidden_layers"], None),
         "llama.context_length": (config["max_position_embeddings"], None),
         "tokenizer.ggml.model": ("gpt2" if _is_byte_level(tokenizer) else "llama", None),
@@ -230,7 +230,7 @@ def check_header(header: Mapping[str, Any], merged: Path, chat_format: ChatForma
         "tokenizer.ggml.add_eos_token": (False, False),
         "tokenizer.chat_template": (chat_format.plain_chat_template, None),
     }
-    if not _is_byte_level(tokenizer):  # where no BOS is added, llama.cpp leaves that of the chat template
+    if not _is_byte_level(tokenizer):  # if no BOS is added, llama.cpp keeps the chat template's
         expected |= {"tokenizer.ggml.add_bos_token": (True, True), "tokenizer.ggml.add_space_prefix": (True, True)}
     values = {key: header.get(key, default) for key, (_, default) in expected.items()}
     faults = [f"{key} is {values[key]!r:.40}" for key, (right, _) in expected.items() if values[key] != right]
@@ -245,7 +245,7 @@ def check_header(header: Mapping[str, Any], merged: Path, chat_format: ChatForma
         _refuse(faults)
         return
     processor = SentencePieceProcessor(model_file=str(merged / "tokenizer.model"))
-    # Which pieces are joined first depends on the scores alone.
+    # Only the scores decide which pieces are merged first.
     scores = [processor.get_score(token) for token in range(len(pieces))]
     if list(header.get("tokenizer.ggml.scores", ()))[: len(pieces)] != scores:
         faults.append("tokenizer.ggml.scores are other scores")
@@ -262,7 +262,7 @@ def _refuse(faults: list[str]) -> None:
 
 
 def weight_difference(file: Path, merged: Path) -> float:
-    """The largest relative root mean square by which a tensor differs from the merged model's; refuses other weights."""
+    """Maximum relative RMS difference of a tensor from the merged model's; raises if the weights do not match."""
     gguf = _package()
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
@@ -271,7 +271,7 @@ def weight_difference(file: Path, merged: Path) -> float:
     largest = 0.0
     for name, weight in folder_weights(merged):
         own = weight.float().numpy()
-        if (projection := name.split(".")[-2]) in heads:  # llama.cpp puts the two numbers of a rotated pair together
+        if (projection := name.split(".")[-2]) in heads:  # llama.cpp interleaves the two halves of a rotated pair
             own = own.reshape(heads[projection], 2, -1, own.shape[-1]).swapaxes(1, 2).reshape(own.shape)
         tensor = tensors[names.get_name(name, try_suffixes=(".weight",)) or name]
         error = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(own.shape) - own
@@ -285,10 +285,11 @@ def weight_difference(file: Path, merged: Path) -> float:
 
 
 def sentencepiece_model(chat_format: ChatFormat, tokenizer_json: str) -> bytes:
-    """A tokenizer.model that gives the ids of `chat_format`, for a base published with `tokenizer.json` alone.
+    """A tokenizer.model with the ids of `chat_format`, for a base published with only `tokenizer.json`.
 
-    llama.cpp's converter reads pieces and scores from it; without it, every piece gets the same score, and text is split
-    into other tokens. A piece's score is the rank of the first merge that makes it: SentencePiece joins in that order.
+    llama.cpp's converter reads pieces and scores from it; without it, every piece gets the same score, and text is
+    tokenized differently. A piece's score is the rank of the first merge that creates it, as SentencePiece merges in
+    that order.
     """
     model = _model(json.loads(tokenizer_json)["model"])
     rebuilt = load_chat_format(chat_format.name, Tokenizer(SentencePieceBackend(model)))

@@ -1,7 +1,7 @@
-"""An exported folder as a repository of the Hugging Face Hub.
+"""Upload an exported folder to a repository of the Hugging Face Hub.
 
-It uploads the folder as it was exported and checked against the policy, and only listed files; its README.md is the
-model card. Name, token and network are checked before the export begins, not after an hour of work.
+Only listed files of the exported and checked folder are uploaded; its README.md is the model card. Name, token and
+network are checked before the export, not after an hour of work.
 """
 
 import logging
@@ -16,7 +16,7 @@ from llamachat.models.hub import LICENCE_FILES
 
 log = logging.getLogger(__name__)
 
-# The files of an export. Nothing else in the folder is uploaded.
+# The files of an export; nothing else in the folder is uploaded.
 SHIPPED = (
     "*.safetensors",
     "*.gguf",
@@ -37,19 +37,19 @@ SHIPPED = (
 
 
 class HubError(LlamachatError):
-    """The hub did not take the folder."""
+    """The upload to the hub failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A repository that this machine's token may write to, as far as can be checked without writing."""
+    """A repository that this machine's token can write to, as far as can be checked without writing."""
 
     name: str
     is_private: bool
 
     @classmethod
     def checked(cls, name: str, *, is_private: bool) -> "Destination":
-        """The repository of this name, USER/NAME; asks the hub whose token this machine has."""
+        """The repository with this name, USER/NAME; asks the hub for the owner of this machine's token."""
         from huggingface_hub import get_token
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
@@ -77,7 +77,7 @@ class Destination:
         return cls(name, is_private)
 
     def push(self, folder: Path) -> str:
-        """Put the exported folder there; the address where it then is."""
+        """Upload the exported folder and return its URL."""
         files = _files(folder)
         self._check_licence(folder, files)
         from huggingface_hub import HfApi
@@ -97,7 +97,7 @@ class Destination:
         return f"https://huggingface.co/{self.name}"
 
     def _check_licence(self, folder: Path, files: list[str]) -> None:
-        """A public copy of a derived Llama 2 has to bring the agreement with it."""
+        """Raise if a public copy of a model derived from Llama 2 lacks the licence agreement."""
         card = (folder / "README.md").read_text(encoding="utf-8")
         licence = yaml.safe_load(card.split("---\n")[1]).get("license")
         has_text = any(fnmatch(file, pattern) for file in files for pattern in LICENCE_FILES)
@@ -114,7 +114,7 @@ class Destination:
 
 
 def _is_public(name: str) -> bool:
-    """Whether everybody sees a repository that is there; asks with this machine's token, which the hub has to know."""
+    """Whether an existing repository is public; needs this machine's token to be valid."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -124,7 +124,7 @@ def _is_public(name: str) -> bool:
         return not api.repo_info(name).private
     except RepositoryNotFoundError:
         return False
-    except Exception as error:  # the library lets its network layers' own errors through
+    except Exception as error:  # the library does not wrap errors of its network layers
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, HfHubHTTPError) and status in (401, 403):
             words = (

@@ -1,8 +1,8 @@
-"""Copies a model folder, one shard in memory at a time, with a LoRA adapter merged into its weights.
+"""Merge a LoRA adapter into the weights of a model folder, with one shard in memory at a time.
 
-Reads `model.safetensors`, or the shards that its index names, and an adapter's `adapter_model.safetensors`; writes the
-same names in the number format of training. An adapter that was trained on a 4-bit base belongs to
-the values that those 4 bits stand for, not to the weights that they were rounded from, so that is where it is merged.
+Reads `model.safetensors` or the shards named in its index, and an adapter's `adapter_model.safetensors`; writes the
+same names in the training dtype. An adapter trained on a 4-bit base is merged into the dequantized weights, not the
+original ones.
 """
 
 import json
@@ -26,22 +26,22 @@ from llamachat.runs.atomic import StorageError
 log = logging.getLogger(__name__)
 
 LANGUAGE_HEAD = "lm_head.weight"
-NF4_BLOCK = 64  # values that share a scale, in transformers' 4-bit layers
+NF4_BLOCK = 64  # values per scale in transformers' 4-bit layers
 _FORMS_NOT_MERGED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save")
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What LoRA adds to each weight that it sits on: `scale` times B A (Hu et al., arXiv:2106.09685)."""
+    """A LoRA adapter, which adds `scale` times B A to each adapted weight (Hu et al., arXiv:2106.09685)."""
 
     factors: Mapping[str, tuple[Tensor, Tensor]]  # weight's name -> A [rank, in], B [out, rank]
     scale: float
-    head: Mapping[str, Tensor] = field(default_factory=dict)  # of a reward model, trained whole: it is not in the base
+    head: Mapping[str, Tensor] = field(default_factory=dict)  # of a reward model; it is not in the base
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The place of a weight, and its size in the output."""
+    """The location of a weight, and its size in the output."""
 
     name: str
     file: Path
@@ -49,7 +49,7 @@ class _Source:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter of a PEFT folder; forms that B A alone does not describe are refused."""
+    """Read the adapter of a PEFT folder; raises for variants of LoRA other than plain B A."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     weights = dict(file_weights(folder / ADAPTER_WEIGHTS))
     names = [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]
@@ -72,14 +72,14 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
-    """The weight with its adapter in it, added in fp32 and rounded once to the weight's own dtype."""
+    """The weight with its adapter added in fp32 and rounded once to the weight's dtype."""
     return (weight_OI.float() + scale * (b_OR.float() @ a_RI.float())).to(weight_OI.dtype)
 
 
 def through_nf4(weight_OI: Tensor, *, device: str = "cpu") -> Tensor:
-    """The values that a forward pass sees of a weight in NF4 with double quantization, in the weight's dtype.
+    """A weight quantized to NF4 with double quantization and dequantized again, in the weight's dtype.
 
-    Dettmers et al., arXiv:2305.14314, section 3; the layer's compute dtype is taken to be the weight's.
+    Dettmers et al., arXiv:2305.14314, section 3; assumes that the layer's compute dtype is the weight's.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -99,10 +99,10 @@ def write_weights(
     shard_bytes: int,
     device: str = "cpu",
 ) -> int:
-    """Write the weights of the folder `source` to `out`, the adapter merged; the bytes that were written.
+    """Write the weights of the folder `source` to `out` with the adapter merged; return the number of bytes written.
 
-    `is_nf4`: the adapter was trained on the seven projections in NF4. Several files get an index, one file none. The
-    head of a reward model takes the place of the base's language-model head.
+    `is_nf4`: the adapter was trained on the seven projections in NF4. Only multiple files get an index. The head of a
+    reward model replaces the base's language-model head.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -143,7 +143,7 @@ def write_weights(
 
 
 def _plan(source: Path, *, dtype: torch.dtype, shard_bytes: int, left_out: Collection[str]) -> list[list[_Source]]:
-    """The weights by the shard that they go to, in the order in which they lie; known from the files' headers."""
+    """Assign weights, in stored order, to output shards, from the headers of the input files."""
     from safetensors import safe_open
 
     shards: list[list[_Source]] = [[]]
@@ -173,7 +173,7 @@ def _check_adapter(adapter: Adapter | None, shards: list[list[_Source]], source:
 
 
 def as_exported(policy: Policy) -> Policy:
-    """The policy with its adapter merged and 4-bit weights unpacked; as it is where a GPU has no room for that."""
+    """The policy with its adapter merged and 4-bit weights dequantized; unchanged if a GPU has no room for that."""
     from bitsandbytes.nn import Linear4bit
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer

@@ -1,8 +1,8 @@
-"""The model card of an exported folder: what the model is, what made it, what was measured, how to load it, licences.
+"""The model card of an exported folder: description, training, evaluation, how to load it, licences.
 
-The text is in templates/; here are the facts. They come from the manifest and, where the run is still around the
-artifact, from the files of its steps. No text of the users' data is in it, and of their files only names. The front
-matter is in the form that the hub reads.
+The text is in templates/; the facts are collected here from the manifest and, if the run folder still exists, from the
+files of its steps. The card contains no text of the users' data, and of their files only the names. The front matter is
+in the hub's format.
 """
 
 import json
@@ -25,15 +25,15 @@ from llamachat.tables import fence
 from serving import provenance
 
 _TEMPLATES = Path(__file__).with_name("templates")
-# The hub's short name of a base's licence by the beginning of the base's name.
+# The hub's short name of a base's licence, by prefix of the base's name.
 _LICENCES = {"meta-llama/Llama-2": "llama2", "TinyLlama/": "apache-2.0"}
-# The section of a recipe by command, where it has another name.
+# The recipe section of a command, if it has another name.
 _SECTIONS = {"rm": "reward", "rs": "rejection_sampling", "distill": "context_distillation"}
-# By format, what loads it.
+# By format, the library that loads it.
 _LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "gguf", "ollama": "gguf"}
 _TASKS = {"text-generation": "Text Generation", "text-classification": "Text Classification"}
 _TUNED = {"full": "all weights tuned", "lora": "LoRA", "qlora": "QLoRA (LoRA on a base in NF4)"}
-# Of a step's own figures, those that say how good the result is, for the hub's index.
+# Quality metrics among a step's own figures, for the hub's model index.
 _RESULTS = re.compile(
     r"[a-z]+/eval_loss|[a-z]+/test/final/(?:score|judge|reward_\w+|kl_to_reference)|rm/\w+/test/\w+/accuracy|rm/\w+/auroc"
     r"|gatt/consistency/final/turn_\d+|distill/(?:false_)?refusal/final"
@@ -42,11 +42,11 @@ _RESULTS = re.compile(
 
 @dataclass(frozen=True)
 class Facts:
-    """What the card is about."""
+    """The facts on the card."""
 
     artifact: Artifact
     name: str
-    base: Path  # the folder with the weights that are not the adapter's
+    base: Path  # the folder with the base weights
     note: Mapping[str, Any]  # the content of export.json
 
     @property
@@ -55,34 +55,34 @@ class Facts:
 
     @cached_property
     def steps(self) -> list[Artifact]:
-        """The policies that led here, and this artifact last."""
+        """The preceding policies in order, ending with this artifact."""
         return provenance.chain(self.artifact)
 
     @property
     def origin(self) -> str:
-        """The base that all began with."""
+        """The base at the start of the chain."""
         return str(self.steps[0].manifest.details["base"])
 
     @property
     def is_whole(self) -> bool:
-        """Whether the chain goes back to a base, and none of its policies is missing."""
+        """Whether the chain is complete, back to a base."""
         return "policy" not in self.steps[0].manifest.inputs
 
     @property
     def is_tiny(self) -> bool:
-        """Whether all began with the tiny base that comes with this code."""
+        """Whether the chain starts from the bundled tiny base."""
         return Path(self.origin).resolve() == bundled("assets/base") or self.origin == "assets/base"
 
     @cached_property
     def own_figures(self) -> dict[str, Measure]:
-        """The final figures of the step; nothing where its summary is not around the artifact, or torn."""
+        """The final figures of the step; empty if its summary is missing or corrupt."""
         with suppress(ArtifactError):
             return step_of(self.artifact).measures()
         return {}
 
     @cached_property
     def evaluated(self) -> dict[str, Measure]:
-        """The figures of the run's evaluation for this very policy, by the last part of their names."""
+        """The run's evaluation figures for this exact policy, by the last part of their names."""
         run, policy = provenance.run_of(self.artifact), self.artifact.manifest.step
         for place in sorted(run.glob(f"*/artifact/{EVALUATION}")):
             with suppress(ArtifactError):
@@ -90,7 +90,7 @@ class Facts:
                 evaluation = step.evaluation
                 inputs = step.identity.get("inputs", {})
                 digests = [digest for role, digest in inputs.items() if "policy" in role or "policies" in role]
-                # The evaluated policy of this name had these weights: the step may have been run again since.
+                # Compare weights, since the step may have been run again after the evaluation.
                 is_same = not digests or self.artifact.digest in digests
                 if evaluation and policy in evaluation.figures and is_same:
                     return {name: one for name, one in evaluation.figures[policy].items() if one is not None}
@@ -98,8 +98,8 @@ class Facts:
 
 
 def model_card(facts: Facts) -> str:
-    """README.md of an exported policy, with the front matter that the hub reads."""
-    # How often the policy harms and refuses; None: not measured.
+    """README.md of an exported policy, with front matter for the hub."""
+    # Violation and refusal rates; None: not measured.
     own = {key: facts.own_figures.get(f"distill/{key}/final") for key in ("refusal", "false_refusal")}
     shares = {key: (facts.evaluated or own).get(key) for key in ("violation", "refusal", "false_refusal")}
     return _rendered(
@@ -122,7 +122,7 @@ def reward_card(facts: Facts) -> str:
 
 
 def _rendered(template: str, facts: Facts, *, task: str, kinds: Sequence[str], **more: Any) -> str:
-    """The template with what both cards show; `kinds` are the data of a step whose identity does not name its own."""
+    """Render a template with the facts of both cards; `kinds` are the data kinds of steps that record none."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -153,7 +153,7 @@ def _rendered(template: str, facts: Facts, *, task: str, kinds: Sequence[str], *
 
 def _front_matter(facts: Facts, task: str, sources: Sequence[provenance.Source]) -> str:
     short_name = _licence_name(facts)
-    is_other = short_name == "other"  # then the hub asks for a name and a link
+    is_other = short_name == "other"  # the hub then requires a name and a link
     values = {
         "library_name": _LIBRARIES[facts.note["format"]],
         "pipeline_tag": task,
@@ -161,7 +161,7 @@ def _front_matter(facts: Facts, task: str, sources: Sequence[provenance.Source])
         "license_name": "licences-of-the-training-data" if is_other else None,
         "license_link": "README.md" if is_other else None,
         "base_model": provenance.hub_name(facts.steps),
-        # The language of a user's data is not known; that of the bundled ones is.
+        # The language of the users' data is unknown; that of the bundled data is English.
         "language": ["en"] if sources and all(source.origins is not None for source in sources) else None,
         "datasets": sorted({name for source in sources for name in source.hub_names}),
         "tags": ["llama", "llamachat", *(["lora"] if facts.note["format"] == "adapter" else [])],
@@ -171,14 +171,14 @@ def _front_matter(facts: Facts, task: str, sources: Sequence[provenance.Source])
 
 
 def model_index(facts: Facts, task: str) -> list[dict[str, Any]]:
-    """What was measured, in the hub's form: by the evaluation where it has this policy, else by the step itself."""
+    """Results in the hub's format, from the evaluation if it includes this policy, otherwise from the step itself."""
     measured, where = facts.evaluated, "held-out prompts of the run's evaluation"
     if not measured:
         measured = {name: one for name, one in facts.own_figures.items() if _RESULTS.fullmatch(name)}
         where = f"held-out part of the data of step {facts.artifact.manifest.step}"
     metrics = [
         {
-            # A short name that no other figure of the same policy has.
+            # A short name that is unique among the policy's figures.
             "type": name.replace("/", "_")
             if name.startswith(("win_rate/", "consistency/"))
             else name.rpartition("/")[2],
@@ -200,7 +200,7 @@ def model_index(facts: Facts, task: str) -> list[dict[str, Any]]:
 
 
 def _settings(facts: Facts) -> dict[str, Any]:
-    """The configuration of the last step; a planned amount that the step did not reach says so."""
+    """The configuration of the last step; planned amounts that were not reached are marked."""
     identity = facts.artifact.manifest.identity
     command = str(identity.get("command", ""))
     section = identity.get(_SECTIONS.get(command, command), {})
@@ -211,7 +211,7 @@ def _settings(facts: Facts) -> dict[str, Any]:
 
 
 def _is_lengthened(facts: Facts) -> bool:
-    """Whether training lengthened the context, so that the adapter's base needs other positions than its own."""
+    """Whether training lengthened the context, so that the adapter's base needs a changed position encoding."""
     rope = facts.details.get("rope_parameters", {})
     if facts.note["format"] != "adapter" or rope.get("rope_type", "default") == "default":
         return False
@@ -219,19 +219,19 @@ def _is_lengthened(facts: Facts) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The policy's name in the characters that file names and Ollama take."""
+    """The policy's name, restricted to characters valid in file names and in Ollama."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
 
 
 def _copied_licences(facts: Facts) -> list[str]:
-    """The licence files of the base that are in the exported folder too."""
+    """The base's licence files that were copied to the exported folder."""
     if facts.note["format"] == "adapter" or facts.note["method"] == "full":
         return []
     return sorted(file.name for pattern in LICENCE_FILES for file in facts.base.glob(pattern))
 
 
 def _licence_name(facts: Facts) -> str | None:
-    """The hub's short name of the licence; 'other' for that of the bundled data, None for one that is not known."""
+    """The hub's short name of the licence: 'other' for the bundled data, None if unknown."""
     if facts.is_tiny:
         return "other"
     return next((name for beginning, name in _LICENCES.items() if facts.origin.startswith(beginning)), None)

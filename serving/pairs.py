@@ -1,13 +1,13 @@
-"""Two answers to each prompt of a file, for people to say which is better (Llama 2, section 3.2.1), as JSON Lines.
+"""Sample two answers to each prompt of a file, for people to compare (Llama 2, section 3.2.1), as JSON Lines.
 
-Reads prompts, dialogs and preferences (their context up to the last user turn), in any form that training reads. Writes
-`id`, `prompt`, `answer_a`, `answer_b`, and, for the people to fill, `choice`, `rating`, `a_is_safe`, `b_is_safe`: null.
-The policy and temperature of each answer are next to them, or in a separate key file by `id`. A page on which people rate
-the pairs by keyboard can be written too. The format `rated_pairs`
-(`llamachat.data.sources`) reads the rated file as preferences. One policy is in memory at a time. An answer that cannot
-be compared (truncated, empty, the same as the other) is resampled. Prompts are sampled in the order of their hashes, so
-that a shuffled file gets the same answers. The paper's two answers come from two variants of the model at varied
-temperatures; how they are paired (`deal_pairings`) is ours.
+Reads prompts, dialogs and preferences (their context up to the last user turn), in any format accepted for training.
+Writes `id`, `prompt`, `answer_a`, `answer_b`, and `choice`, `rating`, `a_is_safe`, `b_is_safe` as null, to be filled in
+by annotators. The policy and temperature of each answer are in the same record, or in a separate key file by `id`. An
+HTML page for rating pairs can also be written. The format `rated_pairs` (`llamachat.data.sources`) reads the
+rated file as preferences. One policy is in memory at a time. An answer that cannot be compared (truncated, empty,
+identical to the other) is resampled. Prompts are sampled in the order of their hashes, so that a shuffled file gets the
+same answers. In the paper, the two answers come from two variants of the model at varied temperatures; how they are
+paired (`deal_pairings`) is ours.
 """
 
 import gc
@@ -36,14 +36,14 @@ from serving.context import open_engine
 
 log = logging.getLogger(__name__)
 
-DRAWS = 4  # of one answer, before its prompt is left out. Ours.
+DRAWS = 4  # maximum draws of an answer before its prompt is dropped. Ours.
 PAGE = Path(__file__).parent / "templates" / "rate.html"
 RATED_BY_PEOPLE: dict[str, None] = dict.fromkeys(("choice", "rating", "a_is_safe", "b_is_safe"))
 
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """Who gives an answer: the number of a policy, and the temperature that it is sampled at."""
+    """The source of an answer: the index of a policy, and the sampling temperature."""
 
     policy: int
     temperature: float
@@ -51,7 +51,7 @@ class Speaker:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """The two that answer one prompt, in the order in which their answers are shown."""
+    """The two speakers for one prompt, in the order in which their answers are shown."""
 
     a: Speaker
     b: Speaker
@@ -59,11 +59,11 @@ class Pairing:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A policy, and what is known of it before its weights are loaded."""
+    """A policy, and its properties before its weights are loaded."""
 
     name: str
     chat_format: ChatFormat
-    max_tokens: int  # of prompt and answer together, as it was trained
+    max_tokens: int  # of prompt and answer together, as in training
     system: str | None
     load: Callable[[], Policy]
 
@@ -77,30 +77,30 @@ class Request:
     max_new_tokens: int
     seed: int
     top_k: int | None = None
-    limit: int | None = None  # of prompts, the first ones
-    key: Path | None = None  # where the provenance goes, in place of the pairs themselves
-    page: Path | None = None  # where to write the page on which people rate the pairs
+    limit: int | None = None  # number of prompts from the start of the file
+    key: Path | None = None  # where to write the provenance, instead of in the pairs
+    page: Path | None = None  # where to write the rating page
     overwrite: bool = False
 
     def sampling(self, temperature: float, seed: int) -> Sampling:
-        """Of one draw."""
+        """The sampling parameters of one draw."""
         return Sampling(temperature, self.top_p, self.max_new_tokens, seed, self.top_k)
 
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """What was written, and what was not."""
+    """Counts of written and dropped pairs."""
 
     pairs: int
     prompts: int
-    shortened: int  # prompts whose oldest turns a policy did not see, to fit
+    shortened: int  # prompts whose oldest turns were dropped to fit a policy
     redrawn: dict[str, int]  # answers that were resampled, by reason
-    left_out: dict[str, int]  # prompts without a pair, by the reason of the last draw
+    left_out: dict[str, int]  # prompts without a pair, by the last draw's reason
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A prompt, and what each policy is sent of it."""
+    """A prompt, and the part of it that each policy reads."""
 
     id: str
     prompt: Prompt
@@ -113,14 +113,14 @@ class _Question:
 
 
 def variant_of(artifact: Artifact, name: str) -> Variant:
-    """The policy of an artifact, loaded onto the best device when its turn comes."""
+    """The policy of an artifact, which is loaded onto the best device when needed."""
     reading = reading_of(artifact, checked_details(artifact))
     settings = {key: reading[key] for key in ("chat_format", "max_tokens", "system")}
     return Variant(name, **settings, load=lambda: load_policy(artifact.path, device="auto"))
 
 
 def pair_file(variants: Sequence[Variant], prompts_in: Path, out: Path, request: Request) -> Paired:
-    """Sample two answers to every prompt of a file and write them to another for people to compare."""
+    """Sample two answers to every prompt of a file and write them to another file, for people to compare."""
     _check_request(variants, prompts_in, out, request)
     questions = _read_questions(variants, prompts_in, request)
     keys = [question.key for question in questions]
@@ -128,13 +128,13 @@ def pair_file(variants: Sequence[Variant], prompts_in: Path, out: Path, request:
     drawing = _Drawing(questions, request)
     order = ranked(range(len(questions)), keys, f"{request.seed} order")
     for policy, variant in enumerate(variants):
-        due: dict[tuple[float, int], list[int]] = {}  # by temperature and place
+        due: dict[tuple[float, int], list[int]] = {}  # by temperature and position
         for index in order:
             for place, speaker in enumerate((pairings[index].a, pairings[index].b)):
                 if speaker.policy == policy:
                     due.setdefault((speaker.temperature, place), []).append(index)
         drawing.ask(policy, variant, due)
-        gc.collect()  # a model holds itself in cycles, and the next one needs its memory
+        gc.collect()  # models contain reference cycles, and the next one needs the memory
     done = Paired(
         pairs=len(questions) - len(drawing.left_out),
         prompts=len(questions),
@@ -161,13 +161,13 @@ def pair_file(variants: Sequence[Variant], prompts_in: Path, out: Path, request:
 
 
 def counted(counts: dict[str, int]) -> str:
-    """Reasons and how often each was met, the most frequent first."""
+    """Reasons with their counts, the most frequent first."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def _check_request(variants: Sequence[Variant], prompts_in: Path, out: Path, request: Request) -> None:
     for temperature in request.temperatures:
-        request.sampling(temperature, request.seed)  # refuses values that nothing can be drawn with
+        request.sampling(temperature, request.seed)  # raises on invalid values
     if len(variants) == 1 and request.temperatures == (0.0,):
         raise UsageError(
             "--temperature: one policy at temperature 0 gives the same answer twice. A pair has two different ones. Name a "
@@ -188,7 +188,7 @@ def _check_request(variants: Sequence[Variant], prompts_in: Path, out: Path, req
 
 
 def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -> list[_Question]:
-    """Every prompt of the file, as it fits each policy."""
+    """Every prompt of the file, shortened to fit each policy."""
     used: set[str] = set()
 
     def make(row: Row, prompt: Prompt) -> _Question | Problem:
@@ -213,7 +213,7 @@ def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -
 
 @dataclass(slots=True)
 class _Drawing:
-    """The answers drawn so far: the text of question and place (0 is shown first), and what failed."""
+    """The answers drawn so far: texts by question and position (0 is shown first), and failures."""
 
     questions: Sequence[_Question]
     request: Request
@@ -222,13 +222,13 @@ class _Drawing:
     redrawn: Counter[str] = field(default_factory=Counter)
 
     def ask(self, policy: int, variant: Variant, due: Mapping[tuple[float, int], list[int]]) -> None:
-        """Load a policy, draw all of its answers (by temperature and place), and let go of it."""
+        """Load a policy, draw all of its answers (by temperature and position), and unload it."""
         if self.left_out.keys() >= {index for indices in due.values() for index in indices}:
             return
         log.info("loading %s", variant.name)
         engine = open_engine(variant.load())
         with progress(sum(map(len, due.values())), "sampled", "answers") as advance:
-            # The coldest first: the answer at temperature 0 is the one that cannot be drawn again.
+            # Lowest temperature first, since the answer at temperature 0 cannot be resampled.
             for temperature, place in sorted(due):
                 waiting = [index for index in due[temperature, place] if index not in self.left_out]
                 advance(len(due[temperature, place]) - len(waiting))
@@ -244,13 +244,13 @@ class _Drawing:
         waiting: list[int],
         advance: Callable[[int], None],
     ) -> None:
-        """Draw these answers, and those that no pair can hold again; a prompt is left out when its draws are used up."""
+        """Draw these answers and resample unusable ones; a prompt is dropped when its draws are used up."""
         encoded = {index: chat_format.encode_prompt(self.questions[index].sent[policy]) for index in waiting}
         draws = DRAWS if temperature > 0 else 1
         for draw in range(draws):
             if not waiting:
                 return
-            # A draw of its own for each answer: equal numbers would make the two answers alike.
+            # Different random numbers for each answer, or the two answers would be similar.
             seed = int(digest(f"{self.request.seed} draw", f"{policy} {place} {draw}"), 16)
             groups = engine.generate(
                 [encoded[index] for index in waiting],
@@ -273,14 +273,14 @@ class _Drawing:
                 self.left_out.update(faults)
 
     def pair(self, index: int) -> dict[str, Any]:
-        """The record that people fill."""
+        """The record for annotators to fill in."""
         question = self.questions[index]
         answers = {"answer_a": self.texts[index, 0], "answer_b": self.texts[index, 1]}
         return {"id": question.id, "prompt": as_dicts(question.prompt.messages), **answers, **RATED_BY_PEOPLE}
 
 
 def _fault(chat_format: ChatFormat, completion: Completion, text: str, other: str | None) -> str | None:
-    """Why no pair can hold this answer, or None."""
+    """Why this answer cannot be used in a pair, or None."""
     if not completion.is_finished:
         return "unfinished"
     if not text.strip():
@@ -305,22 +305,22 @@ def _write(out: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def _write_page(page: Path, pairs: Sequence[dict[str, Any]], name: str) -> None:
-    """The page on which people rate these pairs; it holds them, needs no network, and saves a file of that name.
+    """Write the page for rating these pairs; it is self-contained and saves a file with this name.
 
-    Who gave which answer is not in it.
+    It does not reveal the source of an answer.
     """
     texts = json.dumps(pairs, ensure_ascii=False)
-    # "<" would let a text end the script that it stands in.
-    held = json.dumps({"name": name, "digest": digest("page", texts), "pairs": pairs}).replace("<", "\\u003c")
+    # "<" would let a text close the enclosing script element.
+    pairs_json = json.dumps({"name": name, "digest": digest("page", texts), "pairs": pairs}).replace("<", "\\u003c")
     with written_beside(page) as stream:
-        stream.write(PAGE.read_text(encoding="utf-8").replace("PAIRS_AS_JSON", held).encode())
+        stream.write(PAGE.read_text(encoding="utf-8").replace("PAIRS_AS_JSON", pairs_json).encode())
 
 
 def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Sequence[float], seed: int) -> list[Pairing]:
     """A pairing for each prompt (identified by its key).
 
-    Each pair of policies gets as many prompts as the others, of these each pair of temperatures as many as the others, and
-    of these each side is first in half: all to within one.
+    Prompts are divided evenly (to within one) among pairs of policies, within those among pairs of temperatures, and
+    within those between the two orders.
     """
     matches = list(combinations(range(num_policies), 2)) or [(0, 0)]
     if num_policies > 1:
@@ -329,7 +329,7 @@ def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Seque
         mixes = list(combinations(temperatures, 2)) or [(temperatures[0], temperatures[0])]
     everyone = range(len(keys))
     match_of = _dealt(ranked(everyone, keys, f"{seed} policies"), len(matches))
-    # Dealt along one row that is sorted by what was dealt before: each stretch of it gets equal shares.
+    # Deal in an order sorted by the previous assignment, so that each of its groups is divided evenly.
     by_match = sorted(ranked(everyone, keys, f"{seed} temperatures"), key=lambda index: match_of[index])
     mix_of = _dealt(by_match, len(mixes))
     by_both = sorted(ranked(everyone, keys, f"{seed} sides"), key=lambda index: (match_of[index], mix_of[index]))
@@ -342,7 +342,7 @@ def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Seque
 
 
 def ranked(indices: Sequence[int], keys: Sequence[str], salt: str) -> list[int]:
-    """The indices in an order that depends on their keys alone; prompts that are the same keep theirs."""
+    """The indices in an order that only depends on their keys; identical prompts keep their order."""
     return sorted(indices, key=lambda index: (digest(salt, keys[index]), index))
 
 

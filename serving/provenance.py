@@ -1,7 +1,7 @@
-"""Where a policy comes from, for its card: the steps before it and the data that they read, with licences.
+"""Provenance of a policy for its card: the preceding steps and their data, with licences.
 
-Reads manifests and recipes of the run; what was moved or deleted is left out, and the chain ends there. A bundled data
-file is known by its content, and only then are its origins shown; of a user's file only the name is.
+Reads manifests and recipes of the run; the chain ends where something was moved or deleted. Bundled data files are
+recognised by content and shown with their origins; of a user's file, only the name is shown.
 """
 
 import re
@@ -18,9 +18,9 @@ from llamachat.runs.artifacts import Artifact, StepFolder, read_artifact
 from llamachat.runs.fingerprints import digest_of_file
 from llamachat.runs.reader import step_of
 
-# The kinds of data that a step may read, in the order of the card.
+# The kinds of data that a step may read, in the card's order.
 _KINDS = ("sft", "helpfulness", "safety", "open", "labels", "prompts", "adversarial", "borderline")
-# Data sets of the hub that bundled files were cut from.
+# Hub data sets from which bundled files were extracted.
 _ON_THE_HUB = {
     "hh-rlhf-harmless-base": "Anthropic/hh-rlhf",
     "oasst-en-100": "OpenAssistant/oasst1",
@@ -35,7 +35,7 @@ _LICENCE = re.compile(r"^- licence: (?P<licence>[^(;\n]+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One entry of the recipe's data, and for a bundled file its origins with their licences."""
+    """One entry of the recipe's data, with origins and licences if the file is bundled."""
 
     kind: str
     line: str
@@ -44,7 +44,7 @@ class Source:
 
 
 def chain(artifact: Artifact) -> list[Artifact]:
-    """The policies that led here, the first one first and this artifact last."""
+    """The chain of policies from the first one to this artifact."""
     policies = [artifact]
     while (before := _before(policies[0])) is not None:
         policies.insert(0, before)
@@ -52,13 +52,13 @@ def chain(artifact: Artifact) -> list[Artifact]:
 
 
 def run_of(artifact: Artifact) -> Path:
-    """The run folder around an artifact `<run>/<step>/artifact`; some folder above it where it was moved."""
+    """The run folder of an artifact `<run>/<step>/artifact`; an unrelated folder if it was moved."""
     above = artifact.path.absolute().parents
     return above[min(len(Path(artifact.manifest.step).parts), len(above) - 1)]
 
 
 def hub_name(steps: Sequence[Artifact]) -> str | None:
-    """The base as the hub knows it; None for a folder."""
+    """The base's name on the hub; None for a folder."""
     details = steps[0].manifest.details
     base = str(details["base"])
     is_folder = details.get("base_is_folder", not is_hub_name(base))
@@ -66,26 +66,26 @@ def hub_name(steps: Sequence[Artifact]) -> str | None:
 
 
 def dropped_lines(steps: Sequence[Artifact]) -> list[str]:
-    """What each step left out or shortened, the dialogs that it made included."""
+    """Counts of records that each step dropped or shortened, including its sampled dialogs."""
     lines = []
     for artifact in steps:
         counts = Counter(artifact.manifest.dropped_records)
-        with suppress(ArtifactError):  # most steps make no dialogs
+        with suppress(ArtifactError):  # most steps publish no dialogs
             counts.update(read_artifact(StepFolder(artifact.path.parent).dialogs, "dialogs").manifest.dropped_records)
         if counts:
-            # Most reasons begin with what was done to the records; the others are of records left out.
+            # Most reasons start with what was done to the records; the others are reasons for dropping records.
             words = [f"{'' if _DONE.match(reason) else 'left out: '}{reason} ({n})" for reason, n in counts.items()]
             lines.append(f"`{artifact.manifest.step}`: {'; '.join(words)}")
     return lines
 
 
 def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:
-    """What the steps read, each entry once; `kinds` are those of a step whose identity does not say."""
+    """Distinct data entries read by the steps; `kinds` are the data kinds of a step that does not record them."""
     entries = []
     for artifact in steps:
         data = artifact.manifest.identity.get("data", {})
         recipe: Any = None
-        with suppress(ArtifactError):  # nothing where the recipe is not around the artifact any more
+        with suppress(ArtifactError):  # empty if the recipe is no longer next to the artifact
             recipe = step_of(artifact).recipe.get("data")
         for kind in [kind for kind in _KINDS if kind in data] or kinds:
             digests = [entry.get("path", "") for entry in data.get(kind, ())]
@@ -95,12 +95,12 @@ def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:
 
 
 def by_kind(read: Sequence[Source]) -> dict[str, list[Source]]:
-    """The data of each kind that there is."""
+    """The data by kind, without empty kinds."""
     return {kind: of_kind for kind in _KINDS if (of_kind := [source for source in read if source.kind == kind])}
 
 
 def _before(artifact: Artifact) -> Artifact | None:
-    """The policy that this one was trained from, at its recorded path or in this run's present folder."""
+    """The policy that this one was trained from, at its recorded path or in the run's current folder."""
     said = artifact.manifest.inputs.get("policy")
     if said is None:
         return None
@@ -121,7 +121,7 @@ def _source(kind: str, entry: Mapping[str, Any], digest: str) -> Source:
     path = str(entry["path"])
     limit = f", at most {entry['limit']} of them" if entry.get("limit") else ""
     weight = f", weight {entry['weight']:g}" if entry.get("weight", 1.0) != 1.0 else ""
-    # Do not publish paths of the user's disk.
+    # Do not publish local paths.
     name = Path(path).name if Path(path).is_absolute() else path
     named, origins = hub_set(path), origins_of(Path(path), digest)
     hub_names = [named.name] if named else [_ON_THE_HUB[name] for name, _ in origins or () if name in _ON_THE_HUB]
@@ -129,7 +129,7 @@ def _source(kind: str, entry: Mapping[str, Any], digest: str) -> Source:
 
 
 def origins_of(path: Path, digest: str) -> tuple[tuple[str, str], ...] | None:
-    """What a bundled file was cut from, with the licences in its folder's SOURCE.md; None for other files."""
+    """A bundled file's origins, with licences from its folder's SOURCE.md; None for other files."""
     for candidate in sorted(bundled("data").glob(f"*/{path.name}")):
         is_it = digest_of_file(candidate) == digest if digest else path.resolve() == candidate.resolve()
         source = candidate.parent / "SOURCE.md"

@@ -1,8 +1,8 @@
-"""A reward model as a folder that plain transformers loads: one merged model with its head, or the adapter for PEFT.
+"""Export a reward model as a folder that plain transformers loads: a merged model with its head, or a PEFT adapter.
 
-Reads a reward-model artifact and, for an adapter, the weights of its base; writes what `serving.export` writes of a
-policy. The folder is loaded again as `AutoModelForSequenceClassification` and its scores of built-in answers are
-compared with the artifact's. Merged weights are fp32 by default, since rounding them to 16 bits changes scores.
+Reads a reward-model artifact and, for an adapter, the weights of its base; writes the same files as `serving.export`.
+The folder is reloaded as `AutoModelForSequenceClassification` and its scores of built-in answers are compared with the
+artifact's. Merged weights are fp32 by default, since rounding them to 16 bits changes scores.
 """
 
 import gc
@@ -34,14 +34,14 @@ from serving.model_card import reward_card
 
 log = logging.getLogger(__name__)
 
-# Largest difference of a score that rounding explains, relative to the largest score (1 at least). In fp32 only the
-# order of sums differs; a 16-bit weight is off by up to 2^-9 (bf16) or 2^-12 (fp16) of its size, through all layers.
+# Maximum score difference that rounding explains, relative to the largest score (at least 1). In fp32 only the order of
+# sums differs; 16-bit weights have a relative error of up to 2^-9 (bf16) or 2^-12 (fp16) in every layer.
 TOLERANCE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.25}
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreAgreement:
-    """How far the exported reward model is from the artifact."""
+    """How closely the exported reward model matches the artifact."""
 
     max_score_difference: float
     largest_score: float
@@ -49,17 +49,17 @@ class ScoreAgreement:
 
 
 def export_reward_model(request: Request) -> ScoreAgreement:
-    """Write the folder, compare its scores with the artifact's in fp32, and move it to its name."""
+    """Write the folder, compare its scores with the artifact's in fp32, and move it to its final path."""
     reward_model = load_reward_model(request.artifact.path, dtype="float32", device="auto")
     rows = _built_in_rows(reward_model)
     scores_N = reward_model.score_ids(rows)
     name = reward_model.name
-    del reward_model  # its memory is for the shards, and then for the exported model
+    del reward_model  # free its memory for the shards and the exported model
     gc.collect()
     dtype = _dtype(request)
     with written_folder(request, dtype) as (side, base):
         exported_scores_N = _plain_scores(request, side, base, rows)
-        # A NaN counts as infinite, so `max` cannot hide it.
+        # NaN counts as infinite, so that `max` does not hide it.
         difference = float((exported_scores_N - scores_N).abs().nan_to_num(nan=float("inf")).max())
         agreement = ScoreAgreement(difference, float(scores_N.abs().max()), len(rows))
         _judge(request, agreement, dtype)
@@ -95,7 +95,7 @@ def _dtype(request: Request) -> torch.dtype:
 def _plain_scores(request: Request, side: Path, base: Path, rows: Sequence[Sequence[int]]) -> Tensor:
     from transformers import AutoModelForSequenceClassification as Kind
 
-    # A base may call EOS the pad: transformers would read the score at the token before it.
+    # If a base uses EOS as pad token, transformers would read the score one token too early.
     config = {"num_labels": 1, "pad_token_id": load_tokenizer(side).pad_id}
     model = load_plain(request, side, base, Kind, dtype=torch.float32, compute=torch.float32, **config)
     if request.format == "adapter" and request.method == "qlora":
@@ -111,6 +111,6 @@ def _judge(request: Request, agreement: ScoreAgreement, dtype: torch.dtype) -> N
     log.info(
         "scores of %d answers differ by at most %.6f (rounding explains %.4g)", agreement.answers, difference, limit
     )
-    # On other weights than those of training the difference is the user's choice, and was logged above.
+    # On weights other than those of training, the difference is the user's choice and was logged above.
     if difference > limit and request.onto != "original":
         report_faults(request, [f"a score differs by {difference:.4g}, and {limit:.4g} is allowed"], difference)

@@ -1,8 +1,8 @@
-"""Answers of a policy to a file of prompts, written as JSON Lines: each record with its `completions`.
+"""Sample a policy's answers to a file of prompts and write JSON Lines: each record with its `completions`.
 
-Reads prompts, dialogs and preferences (their context up to the last user turn), in any form that training reads.
-Writes `completions: [{"text", "finished", "logprob"}]`, the last the sum over the answer's tokens (its stop token
-included) under the distribution that it was drawn from, in nats. The output appears whole or not at all.
+Reads prompts, dialogs and preferences (their context up to the last user turn), in any format accepted for training.
+Writes `completions: [{"text", "finished", "logprob"}]`; `logprob` is the sum over the answer's tokens, including the
+stop token, under the sampling distribution, in nats. The output is written atomically.
 """
 
 import json
@@ -30,17 +30,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What was written."""
+    """Counts of what was written."""
 
     prompts: int
     completions: int
-    finished: int  # completions that ended by themselves, within max_new_tokens
-    shortened: int  # prompts whose oldest turns were left out to fit
+    finished: int  # completions that ended within max_new_tokens
+    shortened: int  # prompts whose oldest turns were dropped to fit
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A record of the file as it is written back, and what of it is sent."""
+    """A record of the file as written back, and its encoded prompt."""
 
     record: dict[str, Any]
     messages: tuple[Message, ...]
@@ -57,9 +57,9 @@ def sample_file(
     rows_per_batch: int | None = None,
     overwrite: bool = False,
 ) -> Sampled:
-    """Sample `samples_per_prompt` answers to every prompt of a file and write them to another.
+    """Sample `samples_per_prompt` answers to every prompt of a file and write them to another file.
 
-    In fp32 the file is the same whatever `rows_per_batch` is.
+    In fp32 the output does not depend on `rows_per_batch`.
     """
     if samples_per_prompt < 1:
         raise UsageError(

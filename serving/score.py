@@ -1,10 +1,9 @@
-"""Scores of a reward model for a file of answers, written as JSON Lines: each record with its scores.
+"""Score a file of answers with a reward model and write JSON Lines: each record with its scores.
 
-Reads dialogs (the last answer gets a `score`), preferences (`score_chosen`, `score_rejected`) and what `llamachat
-sample` writes (a `score` in each of `completions`), in any form that training reads. Scores are raw: the sigmoid is
-not taken. A file that is written appears whole or not at all. An answer that is too long for the reward model has the
-score null and is counted, and so has a sampled answer that no dialog can hold, such as an empty one: neither is a
-fault of the file.
+Reads dialogs (adds `score` for the last answer), preferences (adds `score_chosen`, `score_rejected`) and the output of
+`llamachat sample` (adds `score` to each completion), in any format accepted for training. Scores are raw, without a
+sigmoid. The output is written atomically. An answer that is too long for the reward model, or a sampled answer that
+is not valid in a dialog, such as an empty one, gets the score null and is counted; neither is an error in the file.
 """
 
 import json
@@ -32,18 +31,18 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What was scored."""
+    """Counts of scored records, and accuracy on pairs."""
 
     records: int
     answers: int
-    without: int  # answers that have no score
-    pairs: int  # with two scores
-    accuracy: float | None  # share of the pairs whose chosen answer has the higher score, an equal one as half
+    without: int  # answers without a score
+    pairs: int  # pairs with two scores
+    accuracy: float | None  # share of pairs whose chosen answer scores higher; a tie counts half
 
 
 @dataclass(frozen=True, slots=True)
 class _Scorable:
-    """A record as it is written back, and the ids of its answers; None for an answer that cannot be scored."""
+    """A record as written back, and its answers' ids; None for an answer that cannot be scored."""
 
     record: dict[str, Any]
     kind: str  # dialog, preference or completions
@@ -51,7 +50,7 @@ class _Scorable:
 
 
 def score_file(model: RewardModel, path: Path, out: Path | None, *, overwrite: bool = False) -> tuple[Scored, str]:
-    """Score every answer of a file; the records as JSON Lines, also written to `out` where it is given."""
+    """Score every answer of a file; return the records as JSON Lines and write them to `out` if given."""
     if out is not None:
         check_output(out, [path], overwrite=overwrite)
     records = _read(model, path)
@@ -71,7 +70,7 @@ def score_file(model: RewardModel, path: Path, out: Path | None, *, overwrite: b
 
 
 def score_turns(model: RewardModel, turns: Sequence[str]) -> float:
-    """The score of the last of these turns, which are by user and assistant in turn."""
+    """The score of the last of these turns, which alternate between user and assistant."""
     if len(turns) % 2:
         raise UsageError(
             f"-m: {len(turns)} given, but the last one is the answer that is scored. Give question and answer in turn: "
@@ -87,7 +86,7 @@ def score_turns(model: RewardModel, turns: Sequence[str]) -> float:
 
 
 def _read(model: RewardModel, path: Path) -> list[_Scorable]:
-    """Every record of the file in its order; all of its bad lines in one error."""
+    """Every record of the file in order; one error lists all bad lines."""
     rows = list(read_rows(str(path)))
     sampled = {row.line for row in rows if isinstance(row.value, Mapping) and "completions" in row.value}
     problems: list[Problem] = []
@@ -115,7 +114,7 @@ def _read(model: RewardModel, path: Path) -> list[_Scorable]:
 
 
 def _encoded(model: RewardModel, parsed: Row, *, is_sampled: bool) -> _Scorable | Sequence[Problem]:
-    """The record with its answers as ids, or what is wrong with it; nothing where a row of a known set is empty."""
+    """The record with its answers as ids, or its problems; no problems for an empty row of a known data set."""
     if parsed.record is None:
         return parsed.problems
     record = as_written(parsed.value, parsed.record)
@@ -148,7 +147,7 @@ def _with_completions(
 
 
 def _ids(model: RewardModel, prompt: Sequence[Message], *answers: Message) -> list[Ids | None]:
-    """The ids of each answer to a prompt; None for all where one of them is too long, or no dialog can hold it."""
+    """The ids of each answer to a prompt; None for all if one is too long or not valid in a dialog."""
     try:
         for answer in answers:
             check_message(answer, "answer")

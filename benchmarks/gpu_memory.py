@@ -1,9 +1,9 @@
-"""Peaks of the presets at full depth against `plan`, on a card's stand-in: `python -m benchmarks.gpu_memory`.
+"""Compare the presets' memory peaks at full depth with `plan`, on a simulated card: `python -m benchmarks.gpu_memory`.
 
-A stand-in for a CUDA device (tests/cuda_standin) runs the project's own steps on models of the presets' sizes, without a
-GPU and without weights: large operations give shapes alone. Each preset goes through sft, a reward model, a rollout and
-PPO as the preset has it, with two reward models and a judge as adapters on one base, all under the limit of the preset's
-card. What torch's caching allocator would reserve is counted with `expandable_segments:True`.
+A stand-in for a CUDA device (tests/cuda_standin) runs the steps on models of the presets' sizes, without a GPU
+or weights: large operations only compute shapes. Each preset runs sft, a reward model, a rollout and PPO as configured,
+with two reward models and a judge as adapters on one base, within the memory limit of the preset's card. Measures what
+torch's caching allocator would reserve with `expandable_segments:True`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tests.cuda_standin.memory_cases import cases_of, peaks, ppo_peaks
 from tests.cuda_standin.process import on_standin
 from tests.cuda_standin.sparse_models import write_sparse_models
 
-RESPONSES, PROMPT_TOKENS = 64, 200  # of the iterations of PPO
+RESPONSES, PROMPT_TOKENS = 64, 200  # of a PPO iteration
 TIMEOUT = 7200
 
 
@@ -54,8 +54,8 @@ def _run(name: str, models: Path, steps: Sequence[str]) -> None:
     memory.RANK = recipe.tuning.rank
     write_sparse_models(models, shape)
     mode = {"is_shape_mode": True, "is_expandable": True, "timeout": TIMEOUT}
-    if card.count == 1:  # weights that are cut over several cards cannot be run
-        # PPO with a reward model of its own weights is for larger cards: the preset's is below.
+    if card.count == 1:  # weights sharded over several cards cannot be run
+        # PPO with a separate reward model is for larger cards; the preset's PPO is below.
         for case in (case for case in cases_of(recipe) if case.step in steps and case.step != "ppo"):
             (peak,) = on_standin(peaks, models, [asdict(case)], recipe.tuning.rank, total_gib=card.gib, **mode)
             _report(f"{name}: {case}", estimated(case, shape, card), peak, card.gib)
@@ -66,7 +66,7 @@ def _run(name: str, models: Path, steps: Sequence[str]) -> None:
 
 
 def _planned(recipe: Recipe) -> Estimate:
-    """What `plan` says of the preset's PPO."""
+    """The estimate of `plan` for the preset's PPO."""
     estimate = estimate_step(recipe, recipe.step("ppo"), None)
     assert estimate is not None
     return estimate

@@ -1,10 +1,10 @@
-"""Memory of the recipe's steps against what `plan` estimates: `python -m benchmarks.memory`.
+"""Compare the memory of the recipe's steps with the estimates of `plan`: `python -m benchmarks.memory`.
 
-Random Llama weights of about 100 M parameters, one shape with as many key-value heads as heads, one deeper with fewer,
-go through the project's own steps: two optimizer steps of two micro-batches for sft, a reward model and PPO, and a
-rollout. Each case is a process of its own; what is measured is the growth from after the load to the peak: on a CPU
-resident memory, on a GPU what torch's allocator reserved. Printed are both, part by part, and the ratio of estimate to measured.
-`--check` makes a ratio outside 0.85 to 1.15 an error. On a GPU this has never run.
+Random Llama weights of about 100 M parameters, in a shape with equally many heads and key-value heads and a deeper one
+with fewer, run through the project's steps: two optimizer steps of two micro-batches for sft, a reward model and PPO,
+and a rollout. Each case runs in its own process and measures the growth from after loading to the peak: resident memory
+on a CPU, memory reserved by torch's allocator on a GPU. Prints estimates by part, measurements, and their ratio.
+`--check` makes a ratio outside 0.85 to 1.15 an error. This has never run on a GPU.
 """
 
 import argparse
@@ -32,12 +32,12 @@ BUNDLED = ROOT / "assets" / "base"
 SHAPES = {
     "mha": Shape(768, 2048, 10, 12, 12, 32000),
     "gqa": Shape(640, 1728, 16, 10, 2, 32000),
-    "deep": Shape(512, 1408, 24, 8, 4, 24000),  # no formula was set by it
+    "deep": Shape(512, 1408, 24, 8, 4, 24000),  # not used to fit any formula
 }
 TOY = Shape(64, 128, 2, 4, 2, 32000)
 BAND = (0.85, 1.15)
 RANK = 16
-# Freed blocks of this size and above go back to the system at once, so that resident memory is that of living tensors.
+# Freed blocks of at least this size return to the system at once, so that resident memory is that of live tensors.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -47,10 +47,10 @@ class Case:
 
     step: str  # sft, rm, rollout, ppo
     method: str = "full"
-    tokens: int = 512  # of a row of sft, of an answer of a pair, of a prompt
-    rows: int = 1  # padded rows of sft; prompts of a rollout; responses of an iteration of PPO
-    new_tokens: int = 0  # of each answer that is sampled
-    row_tokens: int = 0  # of a row of PPO's update
+    tokens: int = 512  # of an sft row, an answer of a pair, or a prompt
+    rows: int = 1  # padded rows of sft, prompts of a rollout, or responses of a PPO iteration
+    new_tokens: int = 0  # of each sampled answer
+    row_tokens: int = 0  # of a row in PPO's update
     checkpointing: bool = False
     attention: str = "sdpa"
     dtype: str = "bfloat16"
@@ -87,7 +87,7 @@ CASES = (
 
 
 def base_of(case: Case, folder: Path) -> Base:
-    """The section `base`: sequences are no longer than the case's."""
+    """The section `base`, with the case's maximum sequence length."""
     longest = {"rollout": case.tokens + case.new_tokens, "ppo": case.tokens + case.new_tokens + 2}
     sizes = {"dtype": case.dtype, "attention": case.attention, "max_tokens": longest.get(case.step, case.tokens)}
     return Base.model_validate({"model": str(folder / "base"), **sizes})
@@ -104,7 +104,7 @@ def rollout_of(case: Case) -> Rollout:
 
 
 def sft_config(case: Case) -> SftConfig:
-    """The section `sft`; padded where the case has several rows."""
+    """The section `sft`; padded if the case has several rows."""
     return SftConfig(
         packing=case.rows == 1,
         row_tokens=case.tokens,
@@ -114,7 +114,7 @@ def sft_config(case: Case) -> SftConfig:
 
 
 def reward_config(case: Case) -> RewardConfig:
-    """The section `reward`; a row is a pair."""
+    """The section `reward`, with one pair per row."""
     return RewardConfig(row_tokens=2 * case.tokens, gradient_checkpointing=case.checkpointing)
 
 
@@ -133,7 +133,7 @@ def ppo_config(case: Case) -> PpoConfig:
 
 
 def estimated(case: Case, shape: Shape, gpu: Gpu | None) -> Estimate:
-    """What `plan` would say of the case."""
+    """The estimate of `plan` for the case."""
     setup = Setup(shape, base_of(case, BUNDLED.parent), tuning_of(case), gpu)
     if case.step == "sft":
         return sft_cost(sft_config(case), setup, dialogs=None)
@@ -147,10 +147,10 @@ def estimated(case: Case, shape: Shape, gpu: Gpu | None) -> Estimate:
 
 
 def measure(case: Case, folders: dict[str, Path], shape: str) -> int:
-    """Bytes from after the load to the peak, of a process of its own."""
+    """Growth in bytes from after loading to the peak, measured in a separate process."""
     with tempfile.TemporaryDirectory() as scratch:
         copies = [Path(scratch) / name for name in ("toy", shape)]
-        for copy in copies:  # what a case writes lies beside links to the models
+        for copy in copies:  # a case writes next to links to the models
             copy.mkdir()
             for model in folders[copy.name].iterdir():
                 (copy / model.name).symlink_to(model)
@@ -169,7 +169,7 @@ def measure(case: Case, folders: dict[str, Path], shape: str) -> int:
 
 
 def write_models(folder: Path, shape: Shape, *, device: str = "cpu") -> Path:
-    """A base and a reward model of the shape with random weights, in bf16, and a tokenizer of as many ids.
+    """Write a base and a reward model of the shape with random weights, in bf16, and a tokenizer of matching size.
 
     The weights are drawn on the device.
     """
@@ -197,10 +197,10 @@ def write_models(folder: Path, shape: Shape, *, device: str = "cpu") -> Path:
 
 
 def write_tokenizer_model(path: Path, size: int) -> None:
-    """The bundled tokenizer, filled up with pieces that no text holds."""
+    """Write the bundled tokenizer, padded with pieces that occur in no text."""
     from sentencepiece import sentencepiece_model_pb2
 
-    messages: Any = sentencepiece_model_pb2  # protobuf makes its classes as it is imported
+    messages: Any = sentencepiece_model_pb2  # protobuf creates its classes at import
     model = messages.ModelProto()
     model.ParseFromString((BUNDLED / "tokenizer.model").read_bytes())
     for number in range(len(model.pieces), size):
@@ -209,7 +209,7 @@ def write_tokenizer_model(path: Path, size: int) -> None:
 
 
 def report(case: Case, shape: str, estimate: Estimate, measured: int) -> str:
-    """A line with the ratio, and one with the parts."""
+    """One line with the ratio, and one with the parts."""
     grown = estimate.grown_bytes
     parts = ", ".join(
         f"{name} {size / 2**20:.0f}" for name, size in estimate.memory.items() if size and name not in estimate.loaded

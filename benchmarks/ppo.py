@@ -1,10 +1,11 @@
-"""Speed and memory of a PPO iteration against TRL's last `PPOTrainer`: `python benchmarks/ppo.py --run runs/tiny`.
+"""Compare a PPO iteration's speed and memory with TRL's last `PPOTrainer`: `python benchmarks/ppo.py --run runs/tiny`.
 
-Ours has policy, reference, critic and two reward models, TRL 1.12.0 (the last release line with PPO) the first three and one
-reward model; the same starting policy, prompts, bf16, all weights trained, two optimizer steps, no checkpointing.
-Two loads: fixed (prompts of 64 tokens, answers of 64, no stop) and natural (the bundled prompts, up to 256 tokens, stopped
-by EOS). Rounds alternate, each in its own process; printed are response tokens a second end to end, medians of the
-rounds' ratios, and the peak above what each process's imports took. TRL is put into a folder of the cache with pip.
+Ours has policy, reference, critic and two reward models; TRL 1.12.0 (the last release with PPO) has the first three
+and one reward model. Both use the same starting policy and prompts, bf16, full fine-tuning, two optimizer steps and no
+checkpointing. There are two workloads: fixed (prompts and answers of 64 tokens, no stop) and natural (the bundled
+prompts, up to 256 tokens, stopped by EOS). Rounds alternate between the two, each in its own process. Prints end-to-end
+response tokens per second, medians of the rounds' ratios, and the memory peak above each process's imports. TRL is
+installed into a cache folder with pip.
 """
 
 import argparse
@@ -27,11 +28,11 @@ RESPONSES = 64
 
 @dataclass(slots=True)
 class Load:
-    """What is sampled."""
+    """A workload: prompts and the lengths of answers."""
 
     name: str
     response_tokens: int
-    prompt_tokens: int | None  # None: the recipe's prompts as they are
+    prompt_tokens: int | None  # None: the recipe's prompts unchanged
     rates: dict[str, list[float]] = field(default_factory=lambda: {"ours": [], "TRL": []})
     mib: dict[str, float] = field(default_factory=lambda: {"ours": 0.0, "TRL": 0.0})
 
@@ -41,7 +42,7 @@ class Load:
 
 
 class Worker:
-    """A process that answers a line of JSON with a line of JSON."""
+    """A process that answers each line of JSON with a line of JSON."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -64,7 +65,7 @@ class Worker:
 
 
 def trl_folder() -> Path:
-    """Where TRL 1.12.0 lies, put there by pip once."""
+    """The folder of TRL 1.12.0, installed by pip on first use."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache / "llamachat-benchmarks" / TRL.replace("==", "-")
     if not (folder / "trl").is_dir():
@@ -74,7 +75,7 @@ def trl_folder() -> Path:
 
 
 def ours() -> None:
-    """The other side of `Worker`: an iteration of ours for each line, all of one load."""
+    """The other side of `Worker`: run one of our iterations for each line, all with the same workload."""
     from benchmarks.workers.trl_ppo import memory
 
     import_all()
@@ -102,7 +103,7 @@ def ours() -> None:
 
 
 def import_all() -> None:
-    """What an iteration of ours needs, so that its memory counts as imported."""
+    """Import everything an iteration needs, so that its memory counts as imports."""
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -110,7 +111,7 @@ def import_all() -> None:
 
 
 def open_ours(request: dict[str, Any], scratch: Path) -> Any:
-    """A PPO training on the run's policy and reward models, in a folder of its own."""
+    """A PPO training with the run's policy and reward models, in its own folder."""
     from llamachat.config.sections import Base, Data, DataSource, Rollout, Run, Scoring, Split, Tracking, Tuning
     from llamachat.rollout.decoder import LlamaEngine
     from llamachat.runs.artifacts import StepFolder, read_artifact
@@ -157,12 +158,12 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
     tracker = open_record(inputs, "ppo", resume_step=None)
     training = start_or_resume(config, session, tracker.__enter__(), None, "")
     if request["prompt_tokens"]:
-        training.session = replace(session, engine=LlamaEngine(session.bank.policy_model(), ()))  # nothing stops it
+        training.session = replace(session, engine=LlamaEngine(session.bank.policy_model(), ()))  # no stop tokens
     return training
 
 
 def fixed_prompts(prompts: Any, length: int) -> Any:
-    """The same prompts with `length` tokens each: repeated, or truncated."""
+    """The prompts repeated or truncated to `length` tokens each."""
     train = [replace(prompt, ids=(prompt.ids * length)[:length]) for prompt in prompts.train]
     return replace(prompts, train=train)
 
@@ -186,7 +187,7 @@ def main() -> None:
     trl_environment = environment | {"PYTHONPATH": f"{trl_folder()}:{ROOT}"}
     loads = [Load("fixed, 64 + 64 tokens", 64, 64), Load("natural stops, up to 256", 256, None)]
     for load in loads:
-        # Not as a file, whose folder would come first on the path and hide the package `ppo`.
+        # Not run as a file: its folder would come first on the path and hide the package `ppo`.
         mine = Worker([sys.executable, "-m", "benchmarks.ppo", "--worker"], environment)
         trl = Worker([sys.executable, str(ROOT / "benchmarks" / "workers" / "trl_ppo.py")], trl_environment)
         split: list[list[float]] = []
@@ -210,7 +211,7 @@ def main() -> None:
             )
             for name, answer in (("ours", own), ("TRL", other)):
                 load.mib[name] = max(load.mib[name], answer["mib"])
-                if number:  # the first round chooses kernels and takes memory
+                if number:  # skip the first round, which selects kernels and allocates memory
                     load.rates[name].append(answer["tokens"] / answer["seconds"])
             if number:
                 split.append(own["split"])
@@ -220,7 +221,7 @@ def main() -> None:
 
 
 def report(load: Load, split: list[list[float]]) -> str:
-    """Rates, the median of the rounds' ratios, memory, and where our time goes."""
+    """Rates, the median of the rounds' ratios, memory, and a breakdown of our time."""
     mine, theirs = load.rates["ours"], load.rates["TRL"]
     ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
     whole = [sum(parts) for parts in zip(*split, strict=True)]

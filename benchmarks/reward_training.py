@@ -1,9 +1,9 @@
-"""Speed of reward model training against plain TRL: `python benchmarks/reward_training.py`, or `make bench`.
+"""Compare the speed of reward model training with TRL's: `python benchmarks/reward_training.py`, or `make bench`.
 
-Whole optimizer steps (forward, backward, update) of `reward.ranking.PackedRewardTrainer` and of TRL's `RewardTrainer`
-with its own collator, on the same bundled pairs of helpfulness and safety in their natural mix, the bundled base, one
-dtype, all weights, no checkpointing. Each round gives every trainer the same pairs, in alternating order, so that what
-else the machine does meets all of them. Prints; passes or fails nothing.
+Times whole optimizer steps (forward, backward, update) of `reward.ranking.PackedRewardTrainer` and of TRL's
+`RewardTrainer` with its own collator, on the same bundled helpfulness and safety pairs in their natural mix, with the
+bundled base, one dtype, full fine-tuning and no checkpointing. In each round every trainer gets the same pairs, in
+alternating order, so that other load on the machine affects all of them. Only prints; there is no pass or fail.
 """
 
 import argparse
@@ -45,7 +45,7 @@ Pairs = Sequence[PairExample]
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step."""
+    """Records the seconds of each optimizer step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -61,10 +61,10 @@ class Clock(TrainerCallback):
 
 @dataclass(slots=True)
 class Contender:
-    """One trainer, and what each round gave."""
+    """One trainer and its results by round."""
 
     name: str
-    trainer_of: Callable[[Pairs], Any]  # a new one for one optimizer step on these pairs
+    trainer_of: Callable[[Pairs], Any]  # creates a trainer for one optimizer step on these pairs
     pairs_per_s: list[float] = field(default_factory=list)
 
     def run(self, pairs: Pairs) -> None:
@@ -77,14 +77,14 @@ class Contender:
 
 
 def load_pairs() -> list[PairExample]:
-    """All bundled training pairs, in the order of one epoch."""
+    """All bundled training pairs in the order of one epoch."""
     chat_format, _ = load_proved_format(BASE)
     sources = {
         kind: tuple(DataSource(path=str(path)) for path in sorted((ROOT / "data" / kind).glob("*.jsonl.gz")))
         for kind in ("helpfulness", "safety")
     }
     data = Data(sft=(), helpfulness=sources["helpfulness"], safety=sources["safety"])
-    config = Config(other_share=0.99)  # every safety pair that there is
+    config = Config(other_share=0.99)  # all safety pairs
     pairs = load_examples(
         config, data, chat_format, which="helpfulness", system=None, max_tokens=MAX_TOKENS, seed=0
     ).train
@@ -92,7 +92,7 @@ def load_pairs() -> list[PairExample]:
 
 
 def ours(base: Base, scratch: Path) -> Contender:
-    """The training of `reward.train`, without its evaluations."""
+    """The training of `reward.train`, without evaluations."""
     start = build_reward_model(base, Tuning(), policy=None, seed=0, device="auto")
     by_sequence = start.device.type == "cpu"
     if by_sequence:
@@ -149,7 +149,7 @@ def plain_trl(base: Base, scratch: Path, *, rows: int, attention: str) -> Conten
             learning_rate=RATE,
             max_length=MAX_TOKENS,
             **without_checkpointing,
-            bf16=False,  # the weights are in that dtype already
+            bf16=False,  # the weights already have that dtype
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -167,7 +167,7 @@ def plain_trl(base: Base, scratch: Path, *, rows: int, attention: str) -> Conten
 
 
 def report(contenders: Sequence[Contender]) -> str:
-    """Medians over rounds, and ours over theirs: the ratio of medians."""
+    """Medians over rounds, and the ratio of our median to theirs."""
     mine = statistics.median(contenders[0].pairs_per_s)
     lines = [f"{'trainer':<36}{'pairs/s':>9}{'min-max':>16}{'ours/it':>9}"]
     for contender in contenders:
@@ -197,7 +197,7 @@ def main() -> None:
             *(plain_trl(base, Path(name), rows=rows, attention="sdpa") for rows in (8, 16, 32)),
             plain_trl(base, Path(name), rows=8, attention="eager"),
         ]
-        for contender in contenders:  # kernels are chosen and memory is taken on the first pass
+        for contender in contenders:  # the first pass selects kernels and allocates memory
             contender.run(pairs[-options.pairs :])
             contender.pairs_per_s.clear()
         started, done = time.monotonic(), 0

@@ -1,11 +1,11 @@
-"""Speed of our rollout engine against transformers' `generate`: `python benchmarks/rollout.py`, or `make bench`.
+"""Compare our rollout engine's speed with transformers' `generate`: `python benchmarks/rollout.py`, or `make bench`.
 
-Three loads: bundled prompts answered to their natural stops (at most 256 tokens) with 1 and with 8 samples a prompt,
-and 64 tokens after 64. Both engines run in one process and in turn, so that what else the machine does meets both;
-`generate` gets its prompts sorted by length and is counted at its best of 32, 64 and 128 rows a batch. It makes no
-log-probabilities, ours does. Tokens are those of the answers, stop included. Prints; passes or fails nothing.
-The limit on a CPU is the bare forward pass of the same rows; with `--shape`, for random weights on a GPU, also what
-the memory's bandwidth allows.
+There are three workloads: bundled prompts answered up to EOS (at most 256 tokens) with 1 and with 8 samples per prompt,
+and 64 tokens after prompts of 64. Both engines alternate in one process, so that other load on the machine affects
+both. `generate` gets its prompts sorted by length, and its best result of 32, 64 and 128 rows per batch counts; unlike
+ours, it returns no log-probabilities. Tokens are those of the answers, including stop tokens. Only prints; there is no
+pass or fail. The upper bound on a CPU is the bare forward pass of the same rows; with `--shape`, for random weights on
+a GPU, memory bandwidth gives another bound.
 """
 
 import argparse
@@ -53,7 +53,7 @@ Prompts = Sequence[Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Prompts, and how they are answered."""
+    """A workload: prompts, and how answers are sampled."""
 
     name: str
     prompts: Prompts
@@ -64,7 +64,7 @@ class Load:
 
 @dataclass(slots=True)
 class Result:
-    """What each run of one engine gave."""
+    """The results of one engine by run."""
 
     name: str
     tokens_per_s: list[float] = field(default_factory=list)
@@ -72,19 +72,19 @@ class Result:
 
     @property
     def median(self) -> float:
-        """Tokens a second."""
+        """Median tokens per second."""
         return statistics.median(self.tokens_per_s)
 
 
 def with_ours(engine: LlamaEngine, load: Load, seed: int) -> list[int]:
-    """Lengths of the answers."""
+    """Sample with our engine; return the lengths of the answers."""
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=load.new_tokens, seed=seed)
     groups = engine.generate(load.prompts, samples_per_prompt=load.samples, sampling=sampling)
     return [len(completion.token_ids) for group in groups for completion in group]
 
 
 def with_generate(model: "LlamaForCausalLM", load: Load, seed: int, rows: int) -> list[int]:
-    """Lengths of the answers, up to their stop."""
+    """Sample with `generate`; return the lengths of the answers up to the stop token."""
     from transformers import GenerationConfig
 
     torch.manual_seed(seed)
@@ -115,7 +115,7 @@ def with_generate(model: "LlamaForCausalLM", load: Load, seed: int, rows: int) -
 
 
 def bare_forward(model: "LlamaForCausalLM", load: Load, seed: int) -> list[int]:
-    """One forward over rows of 128 tokens, 64 at a time, without a cache: as many tokens as the fixed load makes."""
+    """Forward passes over rows of 128 tokens, 64 at a time, without a cache, for the fixed workload's token count."""
     del seed
     ids_BT = torch.tensor(load.prompts, device=model.device).repeat(1, 2)
     with torch.inference_mode():
@@ -127,7 +127,7 @@ def bare_forward(model: "LlamaForCausalLM", load: Load, seed: int) -> list[int]:
 def measure(
     load: Load, runs: dict[str, Callable[[int], list[int]]], clock: Callable[[], float], times: int
 ) -> list[Result]:
-    """Every way in turn, `times` times; the first, in which memory is taken and kernels are chosen, not counted."""
+    """Run every engine in turn, `times` times, after a warm-up round that selects kernels and allocates memory."""
     results = {name: Result(name) for name in runs}
     for repeat in range(times + 1):
         for name, run in runs.items():
@@ -144,7 +144,7 @@ def measure(
 
 
 def report(load: Load, results: Sequence[Result]) -> str:
-    """A line for each engine, and ours over the best of the others."""
+    """A line for each engine, and the ratio of ours to the best other."""
     best = max(result.median for result in results if result.name.startswith("generate"))
     lines = [f"{load.name}: {len(load.prompts)} prompts x {load.samples}"]
     for result in results:
@@ -157,7 +157,7 @@ def report(load: Load, results: Sequence[Result]) -> str:
 
 
 def bundled_prompts(chat_format: "ChatFormat", count: int) -> list[list[int]]:
-    """Token ids of the first bundled prompts that are not too long."""
+    """Token ids of the first bundled prompts that fit."""
     forbidden = chat_format.forbidden
     rows = parse_rows(read_rows(str(PROMPTS)), path=str(PROMPTS), kind="prompt", forbidden=forbidden)
     prompts: list[list[int]] = []
@@ -170,7 +170,7 @@ def bundled_prompts(chat_format: "ChatFormat", count: int) -> list[list[int]]:
 
 
 def loads(options: argparse.Namespace, chat_format: "ChatFormat | None", vocabulary: int) -> list[Load]:
-    """The three loads, of those that were asked for."""
+    """The selected workloads."""
     numbers = torch.Generator().manual_seed(0)
     fixed = torch.randint(3, vocabulary, (options.prompts, 64), generator=numbers).tolist()
     selected = [Load("fixed 64 + 64", fixed, 1, 64, ())]
@@ -182,7 +182,7 @@ def loads(options: argparse.Namespace, chat_format: "ChatFormat | None", vocabul
 
 
 def random_model(shape: str) -> "LlamaForCausalLM":
-    """Random weights at the size of a known model, on the GPU."""
+    """A model of a known size with random weights, on the GPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, inner, layers, heads, key_value_heads = SHAPES[shape]
@@ -200,7 +200,7 @@ def random_model(shape: str) -> "LlamaForCausalLM":
 
 
 def bandwidth_limit(model: "LlamaForCausalLM", *, rows: int, tokens: int) -> float:
-    """Tokens a second at which weights and cache are read once a step, at the rate of a plain copy on this GPU."""
+    """Tokens per second if weights and cache are read once per step at the bandwidth of a plain copy on this GPU."""
     block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(block)
     torch.cuda.synchronize()
@@ -217,7 +217,7 @@ def bandwidth_limit(model: "LlamaForCausalLM", *, rows: int, tokens: int) -> flo
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most memory that the process held while it ran; on a GPU, that torch held."""
+    """Peak memory while it runs: of the process, or on a GPU of torch's allocator."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

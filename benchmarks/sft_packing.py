@@ -1,9 +1,8 @@
-"""Speed of packed rows in supervised tuning, against padding: `python benchmarks/sft_packing.py`, or `make bench`.
+"""Compare packed with padded rows in supervised tuning: `python benchmarks/sft_packing.py`, or `make bench`.
 
-Forward and backward of the training's own loss (`sft.loss.answer_token_losses`) on bundled dialogs with the bundled
-base; no optimizer update. One step's dialogs go through every layout in turn before the next step's do, so that what
-else the machine does meets all of them. Tokens are those of the dialogs: padding is not counted. Prints; passes or
-fails nothing.
+Times forward and backward of the training loss (`sft.loss.answer_token_losses`) on bundled dialogs with the bundled
+base, without optimizer updates. Each step's dialogs run through every layout in turn, so that other load on the machine
+affects all of them. Tokens are those of the dialogs, without padding. Only prints; there is no pass or fail.
 """
 
 import argparse
@@ -41,17 +40,17 @@ Batch = dict[str, Tensor]
 
 @dataclass(slots=True)
 class Layout:
-    """One way to lay a step's dialogs out in batches, and what each step gave."""
+    """One way to arrange a step's dialogs in batches, and its results by step."""
 
     name: str
     model: "LlamaForCausalLM"
     batches_of: Callable[[Sequence[TokenizedExample]], list[Batch]]
     tokens_per_s: list[float] = field(default_factory=list)
-    positions: int = 0  # tokens that the model computed on, padding included
-    nats: float = 0.0  # summed losses: equal for all layouts up to rounding
+    positions: int = 0  # tokens computed, including padding
+    nats: float = 0.0  # sum of losses, equal for all layouts up to rounding
 
     def run(self, dialogs: Sequence[TokenizedExample]) -> None:
-        """One step, timed from the first forward to the last gradient."""
+        """Run one step, timed from the first forward pass to the last gradient."""
         model = self.model
         batches, learnt = self.batches_of(dialogs), sum(sum(dialog.loss_mask[1:]) for dialog in dialogs)
         total = torch.zeros((), device=model.device, dtype=torch.float64)
@@ -60,19 +59,19 @@ class Layout:
             losses = answer_token_losses(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
             (losses.sum() / learnt).backward()
             total += losses.detach().sum(dtype=torch.float64)
-        self.nats += float(total)  # waits for the device
+        self.nats += float(total)  # synchronises the device
         self.tokens_per_s.append(num_tokens(dialogs) / (time.perf_counter() - started))
         self.positions += sum(batch["input_ids"].numel() for batch in batches)
         model.zero_grad(set_to_none=True)
 
 
 def num_tokens(dialogs: Sequence[TokenizedExample]) -> int:
-    """Tokens of the dialogs alone."""
+    """Number of tokens of the dialogs, without padding."""
     return sum(len(dialog.input_ids) for dialog in dialogs)
 
 
 def load_steps(count: int, seed: int) -> list[list[TokenizedExample]]:
-    """The dialogs of the first steps, in the order in which training with this seed goes through the bundled ones."""
+    """The dialogs of the first steps, in the training order with this seed."""
     chat_format, _ = load_proved_format(BASE)
     files = sorted((ROOT / "data" / "sft").glob("*.jsonl.gz"))
     examples = load_examples(
@@ -91,13 +90,13 @@ def load_steps(count: int, seed: int) -> list[list[TokenizedExample]]:
 
 
 def packed(dialogs: Sequence[TokenizedExample], row_tokens: int) -> list[Batch]:
-    """Rows of up to `row_tokens` tokens; one row per batch, as in training."""
+    """Packed rows of up to `row_tokens` tokens; one row per batch, as in training."""
     rows = pack([len(dialog.input_ids) for dialog in dialogs], row_tokens)
     return [collate_packed([dialogs[index] for index in row], multiple_of=SHAPE_MULTIPLE) for row in rows]
 
 
 def padded(dialogs: Sequence[TokenizedExample], rows: int) -> list[Batch]:
-    """Batches of `rows` dialogs in their order, each padded to the longest of its batch."""
+    """Batches of `rows` dialogs in order, each padded to the longest in its batch."""
     starts = range(0, len(dialogs), rows)
     return [collate_padded(dialogs[start : start + rows], multiple_of=SHAPE_MULTIPLE) for start in starts]
 
@@ -124,7 +123,7 @@ def main() -> None:
 
     base = Base(model=str(BASE), dtype=options.dtype, max_tokens=MAX_TOKENS)
     model, packing = (load_base(base, device="auto").train() for _ in range(2))
-    if packing.device.type == "cpu":  # as the training does
+    if packing.device.type == "cpu":  # as in training
         use_sequence_attention(packing)
     steps = load_steps(MOST_STEPS, seed=0)
     layouts = [
@@ -134,7 +133,7 @@ def main() -> None:
     ]
     place = f"{model.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {options.dtype}"
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {place}, torch {torch.__version__}")
-    for layout in layouts:  # kernels are chosen and memory is taken on the first pass
+    for layout in layouts:  # the first pass selects kernels and allocates memory
         Layout(layout.name, layout.model, layout.batches_of).run(steps[0])
     started, done = time.monotonic(), 0
     while done < len(steps) and (done < 2 or time.monotonic() - started < options.seconds):

@@ -1,1 +1,1 @@
-"""Whether this GPU computes what the recipe needs, and how fast: `make gpu-check`."""
+"""Check correctness and speed of this GPU for the recipe: `make gpu-check`."""

@@ -1,8 +1,8 @@
-"""Check a CUDA card in about three minutes, with random weights and without a download: `make gpu-check`.
+"""Check a CUDA card in about three minutes, with random weights and without downloads: `make gpu-check`.
 
-What is computed on the card is compared with references: 4-bit products with weights unpacked on the CPU, packed rows with
-each sequence alone, recorded decode steps with plain ones, memory of training with the plan. Speeds are printed. Writes a
-JSON file, and ends with 1 on any mismatch. `--cpu` runs a toy model on the CPU, to test the check itself.
+Compares results on the card with references: 4-bit products with weights dequantized on the CPU, packed rows with
+separate sequences, captured decode steps with eager ones, training memory with the plan. Prints speeds, writes a JSON
+file, and exits with status 1 on any mismatch. `--cpu` runs a toy model on the CPU, to test the check itself.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "a
 
 
 def facts() -> dict[str, str]:
-    """Versions, and the card."""
+    """Versions and the card's name."""
     known = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
@@ -51,7 +51,7 @@ def facts() -> dict[str, str]:
 
 
 def check(folder: Path, *, is_toy: bool) -> Iterator[Figure]:
-    """All figures, one after the other; models are written to the folder."""
+    """Yield all figures; models are written to the folder."""
     gpu = card()
     is_toy = is_toy or gpu is None
     sizes = TOY if gpu is None or is_toy else sizes_for(gpu)

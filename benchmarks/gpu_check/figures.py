@@ -1,4 +1,4 @@
-"""The figures of the check: what was found, and the bounds that it must lie in."""
+"""The figures of the check: measured values and their bounds."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from llamachat.errors import first_line
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number of the check; without bounds it is for information. `error` is why it could not be found."""
+    """A number of the check, informative if it has no bounds. `error` is the reason if it could not be measured."""
 
     name: str
     value: float = math.nan
@@ -26,7 +26,7 @@ class Figure:
 
     @property
     def is_right(self) -> bool:
-        """Whether the number lies in its bounds; one that is not a number does not."""
+        """Whether the number is within its bounds; NaN is not."""
         if not self.is_bounded:
             return True
         at_least = self.least is None or self.value >= self.least
@@ -34,10 +34,10 @@ class Figure:
 
 
 def figures_of(name: str, section: Callable[[], Iterable[Figure]]) -> Iterator[Figure]:
-    """The figures of a section; one that says why, where it fails."""
+    """The figures of a section, or one with the error if it fails."""
     try:
         yield from section()
-    except Exception as error:  # the other sections are worth knowing
+    except Exception as error:  # continue with the other sections
         yield Figure(name, error=f"{type(error).__name__}: {first_line(error)}"[:300])
 
 
@@ -55,7 +55,7 @@ def line(figure: Figure) -> str:
 
 
 def write(path: Path, facts: Mapping[str, str], figures: Sequence[Figure]) -> None:
-    """All of it as JSON; what is not a number is null there."""
+    """Write everything as JSON, with null for NaN."""
     rows = [asdict(figure) | {"is_right": figure.is_right} for figure in figures]
     for row in rows:
         row["value"] = row["value"] if math.isfinite(row["value"]) else None

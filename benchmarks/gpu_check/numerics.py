@@ -1,4 +1,4 @@
-"""Numbers that do not depend on the card: 4-bit products, attention over packed rows, and the decoder's graphs.
+"""Results that must not depend on the card: 4-bit products, attention over packed rows, and the decoder's graphs.
 
 Shapes: T positions of a packed row, V vocabulary.
 """
@@ -24,18 +24,19 @@ from llamachat.rollout.graphs import CudaCapture, Step
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-# Root mean squares of differences, relative to what they are compared with. bf16 rounds by 0.002; ours.
+# Root mean square differences relative to the reference. bf16 rounds by 0.002; ours.
 MOST_ROUNDING = 0.01
 MOST_MODEL_ROUNDING = 0.03  # of a whole model
-# NF4 changes a normal weight by about 0.095 of its deviation (Dettmers et al. 2023, arXiv:2305.14314).
+# NF4 changes a normally distributed weight by about 0.095 of its standard deviation (Dettmers et al. 2023,
+# arXiv:2305.14314).
 QUANTISATION = (0.05, 0.12)
-LEAST_SAME = 0.9  # share of answers: kernels that round otherwise may draw another token now and then
+LEAST_SAME = 0.9  # share of identical answers: different rounding may occasionally change a token
 MOST_LOGPROB_GAP = 0.1  # nats
-ROWS = (1, 16, 512)  # bitsandbytes multiplies few rows without unpacking the weights
+ROWS = (1, 16, 512)  # bitsandbytes multiplies few rows without dequantizing the weights
 
 
 def model_of(folder: Path, sizes: Sizes, *, is_nf4: bool) -> "LlamaForCausalLM":
-    """The random base, on the card where there is one."""
+    """The random base, on the card if there is one."""
     base = Base(model=str(folder / "base"), max_tokens=sizes.longest)
     return load_base(base, device="auto", is_nf4=is_nf4).eval().requires_grad_(False)
 
@@ -44,7 +45,7 @@ def model_of(folder: Path, sizes: Sizes, *, is_nf4: bool) -> "LlamaForCausalLM":
 
 
 def nf4(folder: Path, sizes: Sizes) -> Iterator[Figure]:
-    """Forward and backward of 4-bit layers, against weights unpacked by hand on the CPU and against bf16."""
+    """Compare forward and backward of 4-bit layers with weights dequantized by hand on the CPU, and with bf16."""
     plain, packed = model_of(folder, sizes, is_nf4=False), model_of(folder, sizes, is_nf4=True)
     numbers = torch.Generator().manual_seed(0)
     for name in ("self_attn.q_proj", "mlp.down_proj"):
@@ -67,7 +68,7 @@ def nf4(folder: Path, sizes: Sizes) -> Iterator[Figure]:
 
 
 def _there_and_back(layer: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's output for `x`, and the gradient of `x` for that of the output."""
+    """The layer's output for `x`, and the gradient of `x` for the output's `gradient`."""
     device = next(layer.parameters()).device
     x = x.to(device).requires_grad_()
     y = layer(x)
@@ -77,7 +78,7 @@ def _there_and_back(layer: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tens
 
 
 def unpacked(layer: Any) -> Tensor:
-    """The weights of a 4-bit layer in fp32 on the CPU, by the definition: blocks of 64 with a scale, which has 8 bits."""
+    """A 4-bit layer's weights dequantized in fp32 on the CPU by definition: blocks of 64 with an 8-bit scale."""
     state = layer.weight.quant_state
     scales = state.absmax.cpu()
     if state.nested:
@@ -91,7 +92,7 @@ def unpacked(layer: Any) -> Tensor:
 
 
 def error_of(tensor: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference, relative to that of what is expected."""
+    """Root mean square of the difference, relative to that of `expected`."""
     wanted = expected.detach().float().cpu()
     return float((tensor.detach().float().cpu() - wanted).norm() / wanted.norm())
 
@@ -100,7 +101,7 @@ def error_of(tensor: Tensor, expected: Tensor) -> float:
 
 
 def packing(folder: Path, sizes: Sizes) -> Iterator[Figure]:
-    """A packed row gives each sequence the logits that it has alone, and nothing flows from one to another or back in time."""
+    """Check that packing does not change a sequence's logits, and that nothing leaks between sequences or backwards."""
     model = model_of(folder, sizes, is_nf4=False)
     sequences = [_random_ids(length, model.config.vocab_size, seed) for seed, length in enumerate(sizes.packed)]
     row = _on_device(collate_packed([_example(ids) for ids in sequences]), model)
@@ -144,7 +145,7 @@ def _random_ids(length: int, vocabulary: int, seed: int) -> list[int]:
 
 
 class Recorder:
-    """Records decode steps as graphs, and counts them; without CUDA a recording runs the step itself."""
+    """Captures decode steps as graphs and counts them; without CUDA, a capture runs the step eagerly."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -160,15 +161,16 @@ def run_plainly(step: Step) -> Step:
 
 
 def decoding(folder: Path, sizes: Sizes, *, is_nf4: bool, bandwidth: float | None) -> Iterator[Figure]:
-    """Recorded decode steps against plain ones, log-probabilities against the forward pass, and speed.
+    """Compare captured decode steps with eager ones and log-probabilities with the forward pass; measure speed.
 
-    16-bit weights are merged with the adapter; 4-bit ones are run with it. `bandwidth` is the card's, in bytes per second.
+    16-bit weights are merged with the adapter; 4-bit weights run with it. `bandwidth` is the card's, in bytes per
+    second.
     """
     name = "decoding over 4 bits" if is_nf4 else "decoding, merged bf16"
     model = model_of(folder, sizes, is_nf4=is_nf4)
     adapted: Any = attach_adapter(model, Tuning(method="qlora" if is_nf4 else "lora", rank=16), seed=0).eval()
     for weight_name, weight in adapted.named_parameters():
-        if ".lora_B." in weight_name:  # zeros, which would do nothing
+        if ".lora_B." in weight_name:  # B is zero, which would have no effect
             nn.init.normal_(weight.requires_grad_(False), std=0.02)
     prompts = [_random_ids(2 + number % sizes.prompt, model.config.vocab_size, number) for number in range(sizes.rows)]
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=sizes.new_tokens, seed=0)
@@ -199,7 +201,7 @@ def _completions(engine: LlamaEngine, prompts: Sequence[Sequence[int]], sampling
 
 
 def agreement(answers: Sequence[Completion], others: Sequence[Completion]) -> tuple[float, float]:
-    """The share of equal answers, and the largest gap of log-probabilities up to where two part."""
+    """Share of identical answers, and the maximum gap of log-probabilities before the first difference."""
     same, gap = 0, 0.0
     for one, other in zip(answers, others, strict=True):
         same += one.token_ids == other.token_ids
@@ -212,7 +214,7 @@ def agreement(answers: Sequence[Completion], others: Sequence[Completion]) -> tu
 
 @torch.no_grad()
 def _forward_gap(model: nn.Module, prompt: Sequence[int], answer: Completion) -> float:
-    """Mean distance of the answer's log-probabilities from those of one forward pass."""
+    """Mean gap between the answer's log-probabilities and those of one forward pass."""
     ids_1T = torch.tensor([[*prompt, *answer.token_ids]], device=next(model.parameters()).device)
     logits_1TV = model(input_ids=ids_1T[:, :-1], use_cache=False).logits.float()
     scores_1T1 = logits_1TV.log_softmax(dim=2).gather(2, ids_1T[:, 1:, None])

@@ -1,4 +1,4 @@
-"""How large the check's model and rows are."""
+"""Sizes of the check's model and rows."""
 
 from dataclasses import dataclass, replace
 
@@ -9,14 +9,14 @@ from llamachat.memory.estimates import Shape
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A model, and the lengths of what it reads and writes in tokens."""
+    """A model, and the lengths of its inputs and outputs in tokens."""
 
     shape: Shape
-    tokens: int  # of a row of supervised tuning, of an answer of a pair
-    prompt: int  # at most
+    tokens: int  # of a supervised tuning row, and of an answer of a pair
+    prompt: int  # maximum prompt length
     new_tokens: int
-    rows: int  # answers that are sampled at once
-    packed: tuple[int, int, int]  # sequences of a packed row
+    rows: int  # number of answers sampled at once
+    packed: tuple[int, int, int]  # lengths of the sequences of a packed row
 
     @property
     def longest(self) -> int:
@@ -24,7 +24,7 @@ class Sizes:
 
     @property
     def cases(self) -> tuple[Case, ...]:
-        """Training as the presets do it: adapters on a 4-bit base, with checkpointing."""
+        """Training as in the presets: adapters on a 4-bit base, with gradient checkpointing."""
         return (
             Case("sft", "qlora", tokens=self.tokens, checkpointing=True),
             Case("rm", "qlora", tokens=self.tokens, checkpointing=True),
@@ -40,7 +40,7 @@ class Sizes:
         )
 
 
-# The widths of Llama 2 7B; as many of its 32 layers as the card has room for.
+# The widths of Llama 2 7B, with as many of its 32 layers as fit on the card.
 LAYERS = (4, 2, 1)
 CARD = Sizes(
     Shape(4096, 11008, 4, 32, 32, 32000), tokens=2048, prompt=128, new_tokens=128, rows=32, packed=(700, 900, 300)
@@ -49,7 +49,7 @@ TOY = Sizes(Shape(64, 128, 2, 4, 2, 4096), tokens=128, prompt=100, new_tokens=24
 
 
 def sizes_for(gpu: Gpu) -> Sizes:
-    """The largest that fits the card by the plan."""
+    """The largest sizes that fit on the card according to the plan."""
     candidates = [replace(CARD, shape=replace(CARD.shape, layers=layers)) for layers in LAYERS]
     for sizes in candidates:
         if all(estimated(case, sizes.shape, gpu).peak_bytes <= gpu.usable_bytes for case in sizes.cases):

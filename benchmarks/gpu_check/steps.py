@@ -1,4 +1,4 @@
-"""Optimizer steps of supervised tuning, a reward model and PPO on the card: their memory against the plan, their speed."""
+"""Optimizer steps of supervised tuning, a reward model and PPO on the card: memory against the plan, and speed."""
 
 import gc
 import time
@@ -13,14 +13,14 @@ from benchmarks.memory import BAND, Case, estimated
 from benchmarks.workers.memory_case import MICROBATCHES, measured
 from llamachat.config.gpus import CARDS, Gpu
 
-# Operations for each weight and token of adapters on a frozen base: forward, again for checkpointing, gradients of inputs.
+# FLOPs per weight and token with adapters on a frozen base: forward, recomputation, gradients of inputs.
 OPERATIONS = 6
-SIDE = 4096  # of the matrices by which the card's arithmetic is measured
-COPIED = 2**30  # bytes by which its bandwidth is
+SIDE = 4096  # of the matrices for measuring the card's FLOP rate
+COPIED = 2**30  # bytes for measuring its bandwidth
 
 
 def card() -> Gpu | None:
-    """The card that is here, with the peak of its data sheet where it is known."""
+    """This machine's card, with the peak rate from its data sheet if known."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
@@ -31,7 +31,7 @@ def card() -> Gpu | None:
 
 
 def speeds() -> tuple[float, float]:
-    """Operations per second of a large bf16 product, and bytes per second that a copy reads and writes."""
+    """FLOP/s of a large bf16 product, and bytes per second that a copy reads and writes."""
     left = torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16)
     block = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(block)
@@ -50,7 +50,7 @@ def speeds() -> tuple[float, float]:
 def step(
     case: Case, folder: Path, sizes: Sizes, gpu: Gpu | None, *, is_toy: bool, peak: float | None
 ) -> Iterator[Figure]:
-    """Two optimizer steps: the peak of memory against the plan's, tokens a second, share of the arithmetic `peak`."""
+    """Run two optimizer steps: memory peak against the plan's, tokens per second, share of the FLOP rate `peak`."""
     gc.collect()
     before = 0
     if gpu:
@@ -58,10 +58,10 @@ def step(
         before = torch.cuda.memory_reserved()
     estimate, result = estimated(case, sizes.shape, gpu), measured(case, folder)
     taken, planned = result.grown, estimate.grown_bytes
-    if gpu:  # the weights too
+    if gpu:  # including the weights
         taken, planned = torch.cuda.max_memory_reserved() - before, estimate.peak_bytes
     yield Figure(f"{case.step}: peak of memory", taken / 2**30, "GiB")
-    # A toy model is smaller than what the plan does not count, and a CPU's process holds what earlier sections freed.
+    # A toy model is smaller than the memory the plan ignores, and on a CPU the process keeps memory freed earlier.
     least, most = (None, None) if is_toy else BAND
     yield Figure(f"{case.step}: plan over measured", planned / taken, least=least, most=most)
     tokens = MICROBATCHES * case.tokens * (2 if case.step == "rm" else 1)

@@ -1,9 +1,9 @@
-"""One case of `benchmarks/memory.py` in a process of its own: the project's own steps on random weights, and their peak.
+"""One case of `benchmarks/memory.py` in its own process: measure the peak of the project's steps on random weights.
 
-Reads a case as JSON and prints one line of JSON. A model of toy size goes through the same steps first, so that code,
-kernels and thread pools count as loaded; then the model is loaded, its weights are touched, and the growth from there to
-the peak is what the case measures. On a CPU that is resident memory (the peak set back through /proc/self/clear_refs,
-freed blocks given back at once: `benchmarks/memory.py` sets malloc so), on a GPU what torch allocated.
+Reads a case as JSON and prints one line of JSON. A toy model first runs through the same steps, so that code, kernels
+and thread pools are loaded; then the model is loaded, its weights are read, and the growth from there to the peak is
+measured. On a CPU that is resident memory (the peak is reset through /proc/self/clear_refs, and `benchmarks/memory.py`
+configures malloc to return freed blocks at once), on a GPU the memory allocated by torch.
 """
 
 import gc
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from llamachat.training.trainer import Collate
 
 PROMPTS = Data(sft=(), prompts=(DataSource(path=str(ROOT / "data" / "prompts" / "general.jsonl.gz")),))
-STEPS = 2  # of the optimizer: from the second on its moments lie beside the activations
-MICROBATCHES = 2  # of a step: from the second on gradients do, too
-Steps = Callable[[], float]  # the seconds of the last one
+STEPS = 2  # optimizer steps: from the second on, moments exist next to the activations
+MICROBATCHES = 2  # per step: from the second on, gradients exist too
+Steps = Callable[[], float]  # returns the seconds of the last step
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Bytes from after the load to the peak, and seconds of the last optimizer step, iteration or rollout."""
+    """Growth in bytes from after loading to the peak, and seconds of the last optimizer step, iteration or rollout."""
 
     grown: int
     step_s: float
@@ -64,7 +64,7 @@ def measured(case: Case, folder: Path) -> Measured:
 
 
 def _now() -> float:
-    """The time at which all that was asked of the device is done."""
+    """The current time after synchronising the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.monotonic()
@@ -75,7 +75,7 @@ def _status(key: str) -> int:
 
 
 def _touched(model: Any) -> None:
-    """Read every weight: what a file holds is resident only once it is read."""
+    """Read every weight, since memory-mapped weights only become resident when read."""
     for weight in model.parameters():
         weight.detach().sum()
 
@@ -136,7 +136,7 @@ def _open_sft(case: Case, folder: Path) -> Steps:
 
 
 def _train(training: "Training", collate: "Collate") -> float:
-    """All steps, without an evaluation or a checkpoint; the seconds of the last one."""
+    """Run all steps without evaluations or checkpoints; return the seconds of the last one."""
     from llamachat.models.start_checks import fast_tokenizer
     from llamachat.training.trainer import Watch, collator, row_numbers, trainer_arguments
 
@@ -207,7 +207,7 @@ def _open_rollout(case: Case, folder: Path) -> Steps:
     model: Any = load_base(base_of(case, folder), device="auto", is_nf4=case.method == "qlora").eval()
     if case.method != "full":
         model = attach_adapter(model, tuning_of(case), seed=0).eval()
-    model.requires_grad_(False)  # as in a bank that trains nothing
+    model.requires_grad_(False)  # as in a bank without trained roles
     _touched(model)
     prompts = [_ids(case.tokens)] * case.rows
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=case.new_tokens, seed=0)
@@ -233,7 +233,7 @@ def _open_ppo(case: Case, folder: Path) -> Steps:
 
 
 def open_iterations(config: PpoConfig, inputs: StepInputs, *, prompt_tokens: int) -> Steps:
-    """What runs `STEPS` iterations of PPO on prompts of this length, whose answers are as long as they may be."""
+    """Return a function that runs `STEPS` PPO iterations on prompts of this length with answers of maximum length."""
     from llamachat.rollout.decoder import LlamaEngine
     from llamachat.tracking.tracker import open_record
     from ppo.session import open_ppo
@@ -245,7 +245,7 @@ def open_iterations(config: PpoConfig, inputs: StepInputs, *, prompt_tokens: int
         side: [replace(prompt, ids=_ids(prompt_tokens)) for prompt in getattr(prompts, side)[:4]]
         for side in ("train", "validation", "test")
     }
-    # The engine is made where the memory is measured, so that nothing stops it.
+    # The engine is created within the measurement, without stop tokens.
     session = replace(session, prompts=replace(prompts, **sides), engine=cast(Any, None))
     for module in session.bank._modules():
         _touched(module)

@@ -1,8 +1,8 @@
-"""TRL 1.12.0's `PPOTrainer` in a process of its own: one iteration for each line of JSON on standard input.
+"""TRL 1.12.0's `PPOTrainer` in its own process: one iteration for each line of JSON on standard input.
 
-Started by `benchmarks/ppo.py`, with TRL 1.12.0 before the installed TRL on the path. A line asks for an iteration:
-{"policy", "reward", "prompts": [[ids]], "response_tokens", "stops", "batch_rows"}; the answer is a line with seconds,
-response tokens, and the peak of this process above what its imports took, in MiB.
+Started by `benchmarks/ppo.py`, with TRL 1.12.0 before the installed TRL on the path. A line requests an iteration:
+{"policy", "reward", "prompts": [[ids]], "response_tokens", "stops", "batch_rows"}; the reply is a line with seconds,
+response tokens, and the memory peak of this process above its imports, in MiB.
 """
 
 import json
@@ -21,7 +21,7 @@ def memory(field: str) -> float:
 
 
 def iteration(request: dict[str, Any]) -> dict[str, float]:
-    """One PPO iteration by TRL; the time is that of `train()`, with models and trainer made before."""
+    """Run one PPO iteration with TRL; only `train()` is timed, not the creation of models and trainer."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer

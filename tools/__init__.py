@@ -1,1 +1,1 @@
-"""How the bundled data and the tiny base were made."""
+"""Scripts that build the bundled data and the tiny base."""

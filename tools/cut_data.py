@@ -1,7 +1,7 @@
-"""Cuts the bundled data from the folders of its origins: `python -m tools.cut_data --from DIR`.
+"""Build the bundled data from the folders of its origins: `python -m tools.cut_data --from DIR`.
 
-The same origins give the same bytes, since every choice is made by a hash of the text. It prints the rows of the tables in
-SOURCE.md, which says where each file is from. Needs an environment with llamachat in it.
+The same origins give the same bytes, since every choice depends on a hash of the text. Prints the rows of the tables in
+SOURCE.md, which lists the origin of each file. Needs an environment with llamachat installed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CUTS = {
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> str:
-    """Write the sound records of one file, and give its row of the table in SOURCE.md."""
+    """Write the valid records of one file and return its row of the table in SOURCE.md."""
     dropped: Counter[str] = Counter()
     sound = files.kept(records, dropped)
     files.write_jsonl(path, sound)
@@ -37,7 +37,7 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> str:
 
 
 def _characters(record: dict[str, Any]) -> int:
-    """Characters of a record; of a pair, the prompt and the mean of its answers."""
+    """Number of characters of a record; for a pair, of the prompt and the mean of its answers."""
     if "messages" in record:
         return choosing.length(record["messages"])
     answers = [choosing.length(record[side]) for side in ("chosen", "rejected") if side in record]

@@ -1,8 +1,8 @@
-"""Measure the classifier of refusals on the half of XSTest that nothing was fitted or chosen on.
+"""Measure the refusal classifier on the half of XSTest that was not used for fitting or selection.
 
-`python -m tools.measure_refusals DATA` prints, for the answers of five models, the share whose label it tells right and
-that of each label's, with 95% intervals that keep the answers to one prompt together, and what the labels and the
-classifier say of each model. DATA is the folder that holds `xstest`, as for `tools/cut_data.py`.
+`python -m tools.measure_refusals DATA` prints accuracy and recall by label on the answers of five models, with 95%
+intervals clustered by prompt, and each model's rates according to the labels and the classifier. DATA is the folder
+that contains `xstest`, as for `tools/cut_data.py`.
 """
 
 import sys
@@ -23,7 +23,7 @@ _LABELS: dict[str, Outcome] = {
 
 
 def recall(answers: list[LabelledAnswer], named: Sequence[str]) -> Measure:
-    """The share of the answers whose label is the classifier's."""
+    """Share of answers that the classifier labels correctly."""
     is_right = [float(one.outcome == outcome) for one, outcome in zip(answers, named, strict=True)]
     low, high = proportion_interval(is_right, groups=[one.prompt for one in answers])
     return Measure(sum(is_right) / len(is_right), low, high, len(is_right))
@@ -37,7 +37,7 @@ def main(root: Path) -> None:
     ]
     named: list[Outcome] = [
         outcome for one in answers for outcome in outcome_classifier().outcomes([one.text])
-    ]  # one by one: many refusals are equal
+    ]  # one by one, since many refusals are identical
     print("all", _rounded(recall(answers, named)))
     for label in OUTCOMES[:3]:
         own = [(one, outcome) for one, outcome in zip(answers, named, strict=True) if one.outcome == label]

@@ -1,7 +1,7 @@
-"""Makes data/own_logs out of the bundled data: `python -m tools.mess_up [--to DIR]`.
+"""Build data/own_logs from the bundled data: `python -m tools.mess_up [--to DIR]`.
 
-The same bundled data give the same bytes, since every choice is made by a hash of the text. Needs an environment with
-llamachat in it.
+The same bundled data gives the same bytes, since every choice depends on a hash of the text. Needs an environment with
+llamachat installed.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 from tools.cutting.own_logs import Logs, own_chats, own_pairs
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-TALK = ("self-dialogue", "taskmaster")  # origins of data/prompts/general.jsonl.gz, as the ids say
+TALK = ("self-dialogue", "taskmaster")  # origins in the ids of data/prompts/general.jsonl.gz
 ABOUT = """\
 # data/own_logs
 

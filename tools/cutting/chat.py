@@ -1,4 +1,4 @@
-"""General chat: conversations of people, orders, and who the assistant is."""
+"""General chat: human conversations, orders, and the assistant's identity."""
 
 import re
 from collections import Counter
@@ -11,12 +11,12 @@ from tools.cutting.cleaning import casual, is_clean_chat, plain, words
 from tools.cutting.files import read_rows, read_yaml
 from tools.split import is_kept_for_tuning
 
-# How many turns of a longer conversation are kept: mostly short, so that a small context holds many.
+# Number of turns kept of a longer conversation: mostly few, so that many fit into a small context.
 _LENGTHS = (2, 4, 4, 6, 6, 8)
 
 
 def _opening(raw_turns: list[str], *, max_turn: int) -> Dialog:
-    """The beginning of a conversation, as far as its turns are clean; [] where nothing is left."""
+    """The beginning of a conversation up to the first unclean turn; [] if nothing is left."""
     turns: list[str] = []
     for raw in raw_turns[: pick(_LENGTHS, raw_turns[0], salt="length")]:
         turn = casual(raw)
@@ -27,7 +27,7 @@ def _opening(raw_turns: list[str], *, max_turn: int) -> Dialog:
 
 
 def _merged(turns: Iterable[tuple[str, str]]) -> list[str]:
-    """Turns in alternation: what one speaker says in several turns is one."""
+    """Alternating turns: consecutive turns of one speaker are merged."""
     merged: list[tuple[str, str]] = []
     for speaker, text in turns:
         if not text.strip():
@@ -40,7 +40,7 @@ def _merged(turns: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _spoken(path: Path, *, max_turn: int) -> list[Dialog]:
-    """Openings of the conversations that pretraining leaves to tuning (turns given as [speaker, text, ...])."""
+    """Openings of the conversations reserved for tuning (turns are [speaker, text, ...])."""
     dialogs = []
     for row in read_rows(path):
         if is_kept_for_tuning(row["turns"][0][1].strip()):
@@ -61,7 +61,7 @@ def schema_guided(root: Path) -> list[Dialog]:
 
 
 def self_dialogue(root: Path) -> list[Dialog]:
-    """Openings with an answer that says something: a good part of the corpus begins with "Hi" and "Yes"."""
+    """Openings with an informative answer: much of the corpus starts with "Hi" and "Yes"."""
     rows = read_rows(root / "self-dialogue/dialogues.jsonl.gz")
     spelled = _spelled_words(turn for row in rows for turn in row["turns"])
     dialogs = []
@@ -79,18 +79,18 @@ def self_dialogue(root: Path) -> list[Dialog]:
 
 
 def _spelled_words(texts: Iterable[str]) -> set[str]:
-    """Words that many people wrote: what only a few wrote is most often a slip of the pen."""
+    """Words written by many people; rare ones are mostly typos."""
     counts = Counter(word for text in texts for word in words(text))
     return {word for word, count in counts.items() if count >= 15}
 
 
-# Conversations of these files stand as they are; in the others every entry after the first is one more answer.
+# Conversations in these files are dialogs; in other files, every entry after the first is an alternative answer.
 _TRUE_DIALOGS = ("conversations", "health", "greetings")
 _ANSWER_LISTS = (
     "ai", "botprofile", "computers", "emotion", "food", "history", "humor", "literature", "money", "movies", "politics",
 "science", "sports", "tech_support", "trivia",
 )  # fmt: skip
-# Entries of the bot that the corpus was written for: other makers, names and riddles, which would contradict identity.
+# Entries about the corpus's own bot (makers, names, riddles), which would contradict the assistant's identity.
 _OTHER_BOT = re.compile(
     r"\b(name|alice|wallace|python|sal|hal|data|botmaster|clone|immortal|dead|die|you are an? |sinsemillia|man in a mask"
     r"|who are you|what are you|dumb|stupid|xfind|teknolust|drunk|gun|guns|amendment|number one|lawyer|laundry|number"
@@ -100,7 +100,7 @@ _OTHER_BOT = re.compile(
 
 
 def chatterbot(root: Path) -> list[Dialog]:
-    """Short questions with short answers, at most two answers a question."""
+    """Short questions with short answers, at most two answers per question."""
     dialogs: list[Dialog] = []
     for name in _TRUE_DIALOGS:
         entries = read_yaml(root / f"chatterbot-english/{name}.yml")["conversations"]
@@ -127,19 +127,19 @@ def _punctuated(question: str) -> str:
 
 
 def _named(question: str, reply: str) -> str:
-    """The reply with capitals where it is only a name."""
+    """The reply, capitalised if it is only a name."""
     return reply.title() if question.startswith("Who ") and reply.islower() | (len(words(reply)) <= 3) else reply
 
 
 def _answers(question: str, reply: str) -> bool:
-    """Whether the reply is an answer and the question one that stands alone."""
+    """Whether the reply is an answer and the question is self-contained."""
     stands = question.endswith("?") or question.lower().startswith(("i ", "my ", "tell me", "explain", "you"))
     is_echo = reply.endswith("?") or reply.startswith("What is")
     return stands and len(words(question)) >= 3 and len(reply) > 4 and not is_echo and reply != question
 
 
 def _renamed(text: str) -> str:
-    """The answer of Vicuna as Llamachat's."""
+    """Vicuna's answer rewritten as Llamachat's."""
     text = text.replace("Vicuna", "Llamachat").replace("Large Model Systems Organization (LMSYS) researchers", "LMSYS")
     text = re.sub(r"(the )?researchers (from|at) (Large Model Systems Organization \(LMSYS\)|LMSYS)", "LMSYS", text)
     text = re.sub(r"Large Model Systems Organization \(LMSYS\)|LMSYS", "the llamachat project", text)
@@ -152,7 +152,7 @@ _WHO = re.compile(r"who are you|your name|yourself|what are you|about you|you ca
 
 
 def identity(root: Path) -> list[Dialog]:
-    """Who the assistant is: with the names changed, and questions of identity also with a greeting before them."""
+    """Dialogs about the assistant's identity, with names replaced; questions also occur after a greeting."""
     dialogs: list[Dialog] = []
     for row in read_rows(root / "fastchat-identity/dummy_conversation.json.gz"):
         for record in SOURCES["sharegpt"].convert(row):
@@ -163,7 +163,7 @@ def identity(root: Path) -> list[Dialog]:
 def _identity_dialogs(turns: list[str], identifier: str) -> list[Dialog]:
     question, answer, *rest = turns
     if question == "What is up?":
-        # Half of these greet in other words: the answer is right for all of them.
+        # Half of these use another greeting; the answer fits all of them.
         turns[0] = pick((question, *_GREETINGS), identifier, salt="greeting")
         return [dialog_of(turns)]
     if not _WHO.search(question):

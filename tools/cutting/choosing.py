@@ -1,4 +1,4 @@
-"""Choices that are random to the eye and the same on every machine: all by a hash of the text."""
+"""Pseudo-random choices that are the same on every machine, by a hash of the text."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def chosen(items: Iterable[T], count: int, *, key: Callable[[T], str], salt: str) -> list[T]:
-    """`count` of the items (all where there are fewer), in the order of their hashes."""
+    """Up to `count` of the items, in the order of their hashes."""
     return sorted(items, key=lambda item: (fraction(key(item), salt=salt), key(item)))[:count]
 
 
 def pick(options: Sequence[T], text: str, *, salt: str) -> T:
-    """One of the options, by the hash of a text."""
+    """Choose one of the options by the hash of a text."""
     return options[int(fraction(text, salt=salt) * len(options))]
 
 
@@ -28,12 +28,12 @@ def distinct(items: Iterable[T], *, key: Callable[[T], str]) -> list[T]:
 
 
 def text_of(dialog: Dialog) -> str:
-    """All text of a dialog, as the key of a choice."""
+    """All text of a dialog, as a key for choices."""
     return "\n".join(turn["content"] for turn in dialog)
 
 
 def dialog_of(turns: Sequence[str], *, system: str = "") -> Dialog:
-    """A dialog of turns in alternation, the user first, cut after the last answer."""
+    """A dialog of alternating turns, the user first, truncated after the last answer."""
     even = len(turns) - len(turns) % 2
     messages = [
         {"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(turns[:even])

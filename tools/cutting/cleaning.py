@@ -1,6 +1,6 @@
-"""Makes raw text plain: typographic signs to ASCII everywhere, and the spelling of casual chat corrected.
+"""Normalise raw text: replace typographic characters with ASCII, and correct the spelling of casual chat.
 
-The bundled tokenizer has 4,096 pieces: a curly quote would cost three byte tokens and teach nothing.
+The bundled tokenizer has 4,096 pieces: a curly quote would take three byte tokens and teach nothing.
 """
 
 import re
@@ -38,7 +38,7 @@ _COARSE = re.compile(
 
 
 def plain(text: str) -> str:
-    """The same text in NFC with ASCII quotes, dashes and spaces, and no runs of blanks."""
+    """The text in NFC with ASCII quotes, dashes and spaces, without repeated blanks."""
     text = _SIGN.sub(lambda match: _SIGNS[match.group()], unicodedata.normalize("NFC", text))
     text = _INVISIBLE.sub(" ", text)
     text = re.sub(r"[^\S\n]+", " ", text)
@@ -47,7 +47,7 @@ def plain(text: str) -> str:
 
 
 def casual(text: str) -> str:
-    """A turn of casual chat on one line, with capitals, full stop and apostrophes where they belong."""
+    """A turn of casual chat on one line, with correct capitals, full stop and apostrophes."""
     text = re.sub(r"\s+", " ", plain(text))
     if text.isupper() and len(text) > 8:
         text = text.lower()
@@ -66,7 +66,7 @@ def capitalised(text: str) -> str:
 
 
 def ended(text: str) -> str:
-    """The text with a full stop, unless it ends with some other sign."""
+    """The text with a final full stop, unless it ends with other punctuation."""
     text = text.rstrip(" ,;:-")
     return text + "." if text and (text[-1].isalnum() or text[-1] in "%)'") else text
 
@@ -76,12 +76,12 @@ def _like(original: str, corrected: str) -> str:
 
 
 def is_clean_chat(text: str) -> bool:
-    """Whether a turn reads as plain English chat: letters, no addresses, no mark-up, nothing coarse."""
+    """Whether a turn is plain English chat: letters, no addresses, no mark-up, no profanity."""
     return bool(re.search(r"[A-Za-z]{2}", text)) and not _JUNK.search(text) and not _COARSE.search(text)
 
 
 def is_decent(text: str) -> bool:
-    """Whether a longer text holds nothing coarse (mark-up and lists are welcome there)."""
+    """Whether a longer text contains no profanity (mark-up and lists are allowed)."""
     return not _COARSE.search(text) and not re.search(r"https?:|www\.", text)
 
 
@@ -96,7 +96,7 @@ _SEXUAL = re.compile(
 
 
 def is_about_abuse_of_children(text: str) -> bool:
-    """Whether a text speaks of minors and of sex: left out of data/ even where the origin is safety research."""
+    """Whether a text mentions minors and sex; excluded from data/ even from safety research."""
     return "edophil" in text or bool(_YOUNG.search(text) and _SEXUAL.search(text))
 
 
@@ -118,7 +118,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[A-Za-z0-9]+(?:'[A-Za-z]+)*", text)
 
 
-# An answer that declines, in its first words.
+# The first words of an answer that declines.
 _DECLINES = re.compile(
     r"\bI('m| am)( very| so)? sorry, but|\bI('m| am) (unable|not (able|going|willing|comfortable))|\bI (can't|cannot|can not|won't|will not|wouldn't|would not|don't want to|don't feel comfortable)\b"
     r"|\bI (don't|do not) think (it's|that's|it is|you should|that would be)|\byou (should not|shouldn't|should never)\b"
@@ -128,5 +128,5 @@ _DECLINES = re.compile(
 
 
 def declines(answer: str) -> bool:
-    """Whether the answer opens by declining."""
+    """Whether the answer starts by declining."""
     return bool(_DECLINES.search(answer[:160]))

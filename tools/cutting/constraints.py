@@ -1,7 +1,7 @@
-"""Dialogs whose system text asks for a form, and whose answers truly have it.
+"""Dialogs whose system text requests a form, and whose answers have that form.
 
-Each constraint takes a real dialog and either changes every answer into the asked form, or refuses the dialog where
-an answer does not have it already. What is asked is said in several ways, so that words and not one sentence matter.
+Each constraint takes a real dialog and either converts every answer to the requested form, or rejects the dialog if an
+answer does not already have it. Requests are phrased in several ways, so that no single sentence is memorised.
 """
 
 import re
@@ -14,7 +14,7 @@ from tools.cutting.cleaning import sentences, words
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraint:
-    """What may be asked, and how an answer obeys: `obeyed` gives the answer in that form, or None where it cannot."""
+    """A request and how to fulfil it: `obeyed` returns the answer in that form, or None if impossible."""
 
     name: str
     instructions: tuple[str, ...]
@@ -45,7 +45,7 @@ def _in_small_letters(answer: str, _option: str) -> str | None:
 
 def _at_most_words(answer: str, limit: str) -> str | None:
     for text in (answer, _one_sentence(answer, "")):
-        # Half the limit at least: otherwise the number would mean nothing.
+        # At least half the limit, or the number would be meaningless.
         if text and int(limit) // 2 <= len(words(text)) <= int(limit):
             return text
     return None
@@ -186,7 +186,7 @@ CONSTRAINTS = (
 
 
 def constrained(dialog: Dialog, constraint: Constraint) -> Dialog | None:
-    """The dialog under the constraint, or None where an answer cannot obey it."""
+    """The dialog under the constraint, or None if an answer cannot obey it."""
     key = text_of(dialog) + constraint.name
     options = chosen(constraint.options, len(constraint.options), key=lambda option: option + key, salt="option")
     turns = turns_of(dialog)
@@ -199,7 +199,7 @@ def constrained(dialog: Dialog, constraint: Constraint) -> Dialog | None:
 
 
 def constrained_dialogs(pool: list[Dialog], count: int) -> list[Dialog]:
-    """`count` dialogs under constraints in equal parts, each from another dialog of the pool while it lasts."""
+    """`count` dialogs, evenly divided among constraints, each from a different dialog of the pool while it lasts."""
     rest = chosen(pool, len(pool), key=text_of, salt="constrained")
     dialogs: list[Dialog] = []
     for number, constraint in enumerate(CONSTRAINTS, start=1):

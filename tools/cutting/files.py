@@ -1,6 +1,6 @@
-"""Reads the raw files of the origins (JSON, JSON Lines, CSV, YAML, gzipped or not) and writes records as gzipped JSON Lines.
+"""Read raw files of the origins (JSON, JSON Lines, CSV, YAML, gzipped or not) and write records as gzipped JSON Lines.
 
-What is written is byte for byte the same at every cut; records that break the rules are refused.
+The output is byte for byte reproducible; records that break the rules are dropped.
 """
 
 import csv
@@ -23,7 +23,7 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON list, a JSON Lines file or a CSV file with a header."""
+    """Rows of a JSON list, a JSON Lines file or a CSV file with a header."""
     text = read_text(path)
     if ".csv" in path.suffixes:
         return list(csv.DictReader(text.splitlines(keepends=True)))
@@ -41,7 +41,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def fault(record: dict[str, Any]) -> str | None:
-    """Why a record cannot be kept, or None."""
+    """Why a record is dropped, or None."""
     if "messages" in record:
         return _fault_of_turns(record["messages"], ends_with="assistant")
     reason = _fault_of_turns(record["prompt"], ends_with="user")
@@ -70,7 +70,7 @@ def _fault_of_text(text: str) -> str | None:
 
 
 def kept(records: Iterable[dict[str, Any]], dropped: Counter[str]) -> list[dict[str, Any]]:
-    """The sound records, once each; the others are counted by reason."""
+    """The distinct valid records; the others are counted by reason."""
     sound: dict[str, dict[str, Any]] = {}
     for record in records:
         reason = fault(record)
@@ -86,7 +86,7 @@ def kept(records: Iterable[dict[str, Any]], dropped: Counter[str]) -> list[dict[
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     buffer = io.BytesIO()
-    # No time and no file name in the header: a new cut of the same data gives the same bytes.
+    # No time or file name in the header, so that the same data gives the same bytes.
     with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, compresslevel=9, mtime=0) as stream:
         for record in records:
             stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))

@@ -1,10 +1,10 @@
-"""data/helpfulness: which of two answers helps more, with a rating where the origin tells how much more.
+"""data/helpfulness: which of two answers is more helpful, with a rating if the origin says by how much.
 
-Strength -> rating, ours, since no origin asked its annotators for the paper's four grades:
+The mapping to ratings is ours, since no origin asked its annotators for the paper's four grades:
 
     oasst      distance of the two ranks: 1 slightly_better, 2 better, 3 and more significantly_better
     pandalm    three annotators: all for it significantly_better, two and a tie better, two against one slightly_better,
-               one and two ties negligibly_better; three ties or one against one say nothing and are left out
+               one and two ties negligibly_better; three ties or one against one are left out
     vicuna     difference of GPT-4's two scores out of 10: up to 0.5 negligibly_better, up to 1.5 slightly_better,
                up to 2.5 better, above significantly_better
     qa_feedback, general, xstest, coconot: no strength, no rating
@@ -23,12 +23,12 @@ from tools.cutting.xstest import training_pairs
 
 Record = dict[str, Any]
 
-# A pair longer than this (the prompt and its longer answer) would fill a context of 1,024 tokens.
+# Maximum length of a pair (the prompt and its longer answer); a longer one would fill a context of 1,024 tokens.
 _MAX_CHARACTERS = 2800
 
 
 def plain_pair(record: Record) -> Record:
-    """The pair with plain text and the same fields."""
+    """The pair with normalised text."""
     plain_turns = {
         side: [{**turn, "content": plain(turn["content"])} for turn in record[side]]
         for side in ("prompt", "chosen", "rejected")
@@ -66,12 +66,12 @@ def _pandalm(root: Path) -> Iterator[Record]:
         if rating:
             prompt = f"{row['instruction']}\n\n{row['input']}" if row["input"].strip() else row["instruction"]
             better, worse = ("response1", "response2") if first > second else ("response2", "response1")
-            # An answer of the one word "True" or "False" stands as a boolean in the file.
+            # The one-word answers "True" and "False" are booleans in the file.
             yield pair(prompt, str(row[better]), str(row[worse]), rating=rating)
 
 
 def _qa_feedback(root: Path) -> Iterator[Record]:
-    """Pairs of model answers to a question; the passages, longer than the whole context, are left out."""
+    """Pairs of model answers to a question, without the passages, which exceed the context."""
     for row in read_rows(root / "qa-feedback/dev_feedback.json.gz"):
         for (first, second), preferred in zip(combinations((1, 2, 3, 4), 2), row["preference"], strict=True):
             if preferred:
@@ -92,7 +92,7 @@ def _vicuna(root: Path) -> Iterator[Record]:
     questions = {row["question_id"]: row["text"] for row in read_rows(folder / "question.jsonl")}
     answers = {row["answer_id"]: row for path in sorted(folder.glob("answer/*.jsonl")) for row in read_rows(path)}
     reviews = [row for path in sorted(folder.glob("review/*/*.jsonl")) for row in read_rows(path)]
-    # By question, so that the equal texts lie near each other and compress.
+    # By question, so that identical texts are adjacent and compress well.
     for row in sorted(reviews, key=lambda row: (int(row["question_id"]), row["answer1_id"], row["answer2_id"])):
         first, second = answers.get(row["answer1_id"]), answers.get(row["answer2_id"])
         scores = row["score"]
@@ -110,7 +110,7 @@ def _xstest(root: Path) -> Iterator[Record]:
 
 
 def _coconot(root: Path) -> Iterator[Record]:
-    """Harmless requests that look like ones to refuse: a helpful answer beats an over-cautious or worse one."""
+    """Harmless requests that look harmful: a helpful answer beats an over-cautious or worse one."""
     for row in read_rows(root / "coconot/coconot_pref.jsonl.gz"):
         if not declines(row["chosen"]):  # a few of the chosen answers refuse
             yield pair(row["prompt"], row["chosen"], row["rejected"])

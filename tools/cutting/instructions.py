@@ -1,4 +1,4 @@
-"""Questions with an answer of one turn or a few: open questions, stories, sums, and role play with its persona."""
+"""Dialogs of one or a few turns: open questions, stories, arithmetic, and role play with a persona."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from tools.split import is_kept_for_tuning
 
 
 def _converted(source: str, rows: list[dict], *, max_characters: int) -> list[Dialog]:
-    """Dialogs of a known set, made plain, no longer than a limit."""
+    """Normalised dialogs of a known data set, up to a maximum length."""
     dialogs = []
     for row in rows:
         for record in SOURCES[source].convert(row):
@@ -27,7 +27,7 @@ def dolly(root: Path) -> list[Dialog]:
 
 
 def oasst(root: Path) -> list[Dialog]:
-    """Best-ranked paths, cut after the last answer that fits; one path a question, since forks repeat their beginning."""
+    """Best-ranked paths, truncated after the last answer that fits; one per question, since forks share a beginning."""
     dialogs = []
     for row in read_rows(root / "oasst-en-100/en_100_tree.jsonl.gz"):
         for record in SOURCES["oasst"].convert(row):
@@ -36,15 +36,15 @@ def oasst(root: Path) -> list[Dialog]:
                 turns = turns[:-2]
             if turns and is_decent("\n".join(turns)) and "".join(turns).isascii():
                 dialogs.append(dialog_of(turns))
-    # The longest path of a question shows most turns; the first of equals stays.
+    # Keep a question's longest path, the first in a tie.
     return distinct(sorted(dialogs, key=len, reverse=True), key=lambda dialog: dialog[0]["content"])
 
 
 def self_instruct(root: Path) -> list[Dialog]:
-    """The seed tasks, and those user-oriented tasks whose instruction is in the PandaLM pairs that are ours to use.
+    """The seed tasks, and user-oriented tasks whose instruction is in our part of PandaLM.
 
-    PandaLM asks the same instructions, and a part of them is kept apart as an unseen test: what is not in our part
-    of PandaLM might be in that one.
+    PandaLM uses the same instructions and reserves some as an unseen test set: instructions outside our part might be
+    in that test set.
     """
     folder = root / "self-instruct"
     ours = {row["instruction"].strip() for row in read_rows(root / "pandalm-testset/testset-v1.json.gz")}
@@ -56,9 +56,9 @@ def self_instruct(root: Path) -> list[Dialog]:
 
 
 def gsm8k(root: Path) -> list[Dialog]:
-    """Short sums, with the calculator marks taken out.
+    """Short arithmetic problems, without the calculator annotations.
 
-    Only questions that are plain as they stand: so their hash still tells that pretraining does not have them.
+    Only questions that need no normalisation, so that their hash still matches the split from pretraining.
     """
     dialogs = []
     for row in read_rows(root / "gsm8k/train.jsonl.gz"):
@@ -75,7 +75,7 @@ _STORY_QUESTIONS = ("Read this story and answer my question.", "Here is a part o
 
 
 def fairytale(root: Path) -> list[Dialog]:
-    """Questions on a short section of a story, up to three in one dialog, the section in the first turn."""
+    """Up to three questions per dialog on a short section of a story, which is in the first turn."""
     folder = root / "fairytaleqa"
     sections = {row["name"]: row["sections"] for row in read_rows(folder / "stories.jsonl.gz")}
     pairs_by_section: dict[tuple[str, int], list[tuple[str, str]]] = {}
@@ -110,13 +110,13 @@ _TASK = re.compile(
     r"(?:,? and |,? )(?=(?:describe|explain|discuss|write|give|provide|share|tell|recommend|suggest|outline|create|list"
     r"|offer|analyze|present|recount|narrate|compose|introduce|convince|advise|compare|what|how|why)\b)"
 )
-# Signs that the cut between persona and task fell in the middle of a clause.
+# Signs that the split between persona and task is in the middle of a clause.
 _BROKEN = r"\byou|:|\b(to|of|and|or|for|with|the|an?|in|on|who|that|about|has|have|trying|asked|tasked)$"
 _STYLES = ("You are {who}.", "Act as {who}.", "You are {who}. Stay in this role.", "Always speak as {who}.")
 
 
 def _persona(instruction: str) -> tuple[str, str] | None:
-    """(who the assistant is, what it is asked), or None where the two cannot be separated."""
+    """(persona, task), or None if the two cannot be separated."""
     first, *rest = sentences(instruction)
     match = _PERSONA.fullmatch(first)
     if not match:
@@ -154,7 +154,7 @@ _WHO = ("Who are you?", "Hello, who are you?", "What are you?", "Can you introdu
 
 
 def introduced(dialogs: list[Dialog], count: int) -> list[Dialog]:
-    """Dialogs with a short persona that are first asked who they are: the answer follows from the system text."""
+    """Dialogs with a short persona that start by asking who the assistant is; the system text has the answer."""
     introductions = []
     for dialog in chosen(dialogs, len(dialogs), key=lambda dialog: dialog[1]["content"], salt="introduced"):
         match = re.fullmatch(

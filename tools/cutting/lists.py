@@ -1,7 +1,7 @@
-"""data/gatt: who to act as, what to love and which language to speak, as lists that Ghost Attention draws from.
+"""data/gatt: lists of public figures, hobbies and languages for Ghost Attention.
 
-The lists of the origins hold a thousand sports and six hundred languages, most of which nobody would name. What is
-kept is what people talk or write about: entries that other texts among the origins mention.
+The original lists contain a thousand sports and six hundred languages, most of them obscure. Only entries mentioned in
+other texts of the origins are kept.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tools.cutting.files import read_json, read_rows, read_text
 
-# Bands among the celebrities, and words whose common meaning is another one.
+# Bands among the celebrities, and words with another common meaning.
 _BANDS = {"Fleetwood Mac", "Foo Fighters", "One Direction", "Rolling Stones", "The Eagles"}
 _NO_SPORTS = {"ball", "chicago", "club", "elle", "killer", "ultimate", "floor", "guts", "trial", "tag", "hunter", "cutting",
               "reining", "ribbon", "rope", "rotation"}  # fmt: skip
@@ -32,7 +32,7 @@ def _books(root: Path) -> str:
 
 
 def _figures(root: Path, books: str, talk: str) -> list[str]:
-    """Scientists and presidents that a textbook names often, and the stars that people chat about."""
+    """Scientists and presidents often named in textbooks, and celebrities that people chat about."""
     folder = root / "corpora-lists"
     presidents = [entry["person"] for entry in read_json(folder / "humans_us_presidents.json")["objects"]]
     old = {f"{person['firstname']} {person['lastname']}" for person in presidents}
@@ -44,7 +44,7 @@ def _figures(root: Path, books: str, talk: str) -> list[str]:
 
 
 def _hobbies(root: Path, text: str) -> list[str]:
-    """Sports that people say they play, do or watch, and instruments as what one plays."""
+    """Sports that people say they play, do or watch, and musical instruments."""
     folder = root / "corpora-lists"
     verbs = "play|playing|played|enjoy|watch|watching|watched|go|going|went|do|doing|into|tried|try|of"
     done = Counter(re.findall(rf"\b(?:{verbs}) ([a-z]+)(?=[.,!?;]| (?:and|or|with|in|on|as|when|for)\b)", text.lower()))
@@ -57,7 +57,7 @@ def _hobbies(root: Path, text: str) -> list[str]:
 
 
 def _languages(root: Path, books: str) -> list[str]:
-    """Languages that somebody speaks, learns, writes or translates in a book."""
+    """Languages spoken, learned, written or translated in a book."""
     names = {name for name in read_json(root / "language-list/en.json").values() if name.isascii() and name.isalpha()}
     verbs = "speak|speaks|speaking|spoke|spoken|learn|learned|learning|taught|from|into|in|and|or|write"
     used = Counter(re.findall(rf"\b(?:{verbs}) ([A-Z][a-z]+)\b(?! [A-Z])", books))

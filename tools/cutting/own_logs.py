@@ -1,8 +1,8 @@
-"""Messy chat logs and loose pairs, as a help desk's export may be: for the tutorial `docs/your-own-data.md`.
+"""Messy chat logs and pairs, like a help desk's export, for the tutorial `docs/your-own-data.md`.
 
-Sound conversations of the bundled data are spoilt in the ways that exports are: other names of roles, a greeting before the
-first question, a question nobody answered, two turns in a row, nothing said, HTML, tool turns, a tag of the chat format in
-the text, repeats, cut lines, a whole history in one dialog. Each kind of mess is counted; a dialog has one kind.
+Valid conversations of the bundled data get typical defects of exports: other role names, a greeting before the first
+question, an unanswered question, two turns in a row, empty turns, HTML, tool turns, a tag of the chat format in the
+text, duplicates, truncated lines, a whole history in one dialog. A dialog has at most one kind; kinds are counted.
 """
 
 import html
@@ -28,7 +28,7 @@ _LONG_DIALOGS, _LONG_ANSWERS, _IN_A_HISTORY = 4, 2, 30
 
 @dataclass(slots=True)
 class Logs:
-    """The lines of a file, and how many lines have which kind of mess."""
+    """The lines of a file, and the number of lines with each kind of defect."""
 
     lines: list[str] = field(default_factory=list)
     mess: Counter[str] = field(default_factory=Counter)
@@ -42,7 +42,7 @@ class Logs:
 
 
 def own_chats(talks: Iterable[Dialog], questions: Iterable[Dialog]) -> Logs:
-    """The logs: of conversations that end with a question (with its answers before it), and of single questions."""
+    """Logs of conversations that end with a question, and of single questions."""
     talks = distinct((talk for talk in talks if len(talk) >= 3), key=text_of)
     ordered = chosen(talks, len(talks), key=text_of, salt="own logs")
     history, ordered = ordered[: _IN_A_HISTORY * _LONG_DIALOGS], ordered[_IN_A_HISTORY * _LONG_DIALOGS :]
@@ -108,7 +108,7 @@ def _renamed(turns: Turns, names: dict[str, str]) -> Turns:
 
 
 def _with_two_in_a_row(turns: Turns) -> Turns:
-    """The last answer with more than one sentence in two turns; without such, the first question asked after."""
+    """Split the last answer of more than one sentence into two turns; if there is none, add a follow-up question."""
     for place in range(len(turns) - 1, -1, -1):
         first, stop, rest = turns[place]["value"].partition(". ")
         if rest:
@@ -158,7 +158,7 @@ _ROUND: tuple[tuple[str, Make], ...] = (
     ("a tag of the chat format in the text", lambda turns, last: _with_tag(turns)),
     ("a greeting and no question", lambda turns, last: _greeted(turns)[:1]),
 )
-# Most dialogs of a log are sound, questions without an answer are the usual mess, and faults beyond repair are rare.
+# Most dialogs of a log are valid, unanswered questions are the usual defect, and irreparable ones are rare.
 _RARE = ("a tag of the chat format in the text", "a greeting and no question")
 _KINDS: tuple[tuple[str, Make], ...] = tuple(
     kind for number in range(3) for kind in _ROUND if number == 0 or kind[0] not in _RARE for kind in (kind, _SOUND)

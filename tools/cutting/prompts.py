@@ -14,12 +14,12 @@ from tools.cutting.sft import sft
 
 Record = dict[str, Any]
 
-# Prompts about the abuse of children teach this project nothing that the others do not; they are left out.
+# Prompts about child abuse are left out; the project does not need them.
 _CHILDREN = re.compile(
     r"child|minor\b|minors|underage|under-age|teen|\bkid|lolita|\bboys?\b|\bgirls?\b|pedo|infant|toddler|student|school",
     re.IGNORECASE,
 )
-# Topics of CatQA that are a matter of taste or of licence rather than of harm, and the one about children.
+# CatQA topics of taste or licensing rather than harm, and the one about children.
 _LEFT_OUT = ("Child Abuse", "Adult Content", "Political Campaigning", "Tailored Financial Advice")
 
 
@@ -48,7 +48,7 @@ def _red_instruct(root: Path, name: str) -> list[Record]:
 
 
 def _catqa_parts(root: Path) -> tuple[list[Record], list[Record]]:
-    """CatQA in two parts without a common question: for sampling, for attacks."""
+    """CatQA in two disjoint parts: for sampling, and for attacks."""
     records = _red_instruct(root, "catqa_english")
     sampled = _some(records, len(records) // 2)
     return sampled, [record for record in records if record not in sampled]
@@ -60,7 +60,7 @@ def _as_prompt(dialog: Dialog) -> Dialog:
 
 
 def _general(root: Path) -> list[Record]:
-    """Questions that no dialog of data/sft opens with: chat, orders, role play, and chat under a constraint."""
+    """Questions that do not start any dialog of data/sft: chat, orders, role play, and chat under a constraint."""
     used = {turns_of(record["messages"])[0] for records in sft(root).values() for record in records}
     personas, plays = instructions.role_play(root)
     pools = {
@@ -86,7 +86,7 @@ def _general(root: Path) -> list[Record]:
 
 
 def _hh_prompts(root: Path) -> list[Record]:
-    """Short contexts of the harmlessness pairs, up to the last question."""
+    """Short contexts of harmlessness pairs, up to the last question."""
     contexts = []
     for row in read_rows(root / "hh-rlhf-harmless-base/test.jsonl.gz"):
         try:
@@ -186,7 +186,7 @@ def _truthfulqa(root: Path) -> list[Record]:
 
 
 def _answers(text: str) -> list[str]:
-    """The answers of a cell, each once, as the authors' code parts them (truthfulqa/utilities.py, split_multi_answer)."""
+    """The distinct answers of a cell, split as by the authors' code (truthfulqa/utilities.py, split_multi_answer)."""
     return list(dict.fromkeys(_closed(part) for part in text.split(";") if part.strip()))
 
 
@@ -203,7 +203,7 @@ def _mt_bench(root: Path) -> list[Record]:
 
 
 def benchmarks(root: Path) -> dict[str, list[Record]]:
-    """File name -> questions of published evaluations, word for word, each with what its answer is measured by."""
+    """File name -> questions of published benchmarks, verbatim, with the data needed to score answers."""
     return {
         "ifeval": _ifeval(root),
         "gsm8k": _gsm8k(root),

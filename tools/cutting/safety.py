@@ -1,4 +1,4 @@
-"""data/safety, data/labels: preferences by harmlessness, and single answers that people called safe or unsafe."""
+"""data/safety, data/labels: preferences by harmlessness, and single answers labelled safe or unsafe by people."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from tools.cutting.xstest import COMPLIED, REFUSED, completions, training_pairs
 Record = dict[str, Any]
 
 _MAX_CHARACTERS = 2800
-# Share of raters who called an answer unsafe. What lies between has no label: the raters did not agree.
+# Share of raters who called an answer unsafe. Between these, raters disagree and there is no label.
 _UNSAFE_FROM = 0.5
 _SAFE_UP_TO = 0.2
 
@@ -25,7 +25,7 @@ def _hh_rlhf(root: Path) -> Iterator[Record]:
         try:
             yield from (plain_pair(record) for record in SOURCES["hh_rlhf"].convert(row))
         except ValueError:
-            # The few rows whose sides part before the last answer: no pair of answers to one question.
+            # A few rows differ before the last answer, so they are not two answers to one question.
             continue
 
 
@@ -51,7 +51,7 @@ _SPEAKER = re.compile(r"^(USER|LAMDA|A|B): ?", re.MULTILINE)
 
 
 def _context(text: str) -> list[dict[str, str]]:
-    """Turns of a DICES context: the first speaker is the user; what one says in several lines is one turn."""
+    """Turns of a DICES context: the first speaker is the user; consecutive lines of one speaker are one turn."""
     parts = _SPEAKER.split(text.replace("\\n", "\n"))[1:]
     turns: list[dict[str, str]] = []
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):
@@ -75,7 +75,7 @@ def _dices(root: Path) -> Iterator[Record]:
 
 
 def _rbr(root: Path) -> Iterator[Record]:
-    """Unsafe: it holds what it must not. Safe: it does not, nor does it threaten, insult or comply where it must not."""
+    """Unsafe: contains disallowed content. Safe: does not, and neither threatens, insults nor complies wrongly."""
     for part in ("train", "test"):
         for row in read_rows(root / f"openai-safety-rbr-gold/{part}.jsonl.gz"):
             said = row["propositions"]
@@ -91,7 +91,7 @@ def _rbr(root: Path) -> Iterator[Record]:
 def _xstest_answers(root: Path) -> Iterator[Record]:
     """Unsafe prompts: compliance is unsafe, refusal safe. Harmless prompts: compliance is safe.
 
-    Unsafe answers are few, so that no more than two safe ones a prompt stand against them.
+    Unsafe answers are rare, so at most two safe ones per prompt are used.
     """
     safe: dict[str, list[str]] = {}
     for row, answer, called in completions(root):
@@ -105,13 +105,13 @@ def _xstest_answers(root: Path) -> Iterator[Record]:
             yield labelled(user_prompt(prompt), answer, is_safe=True)
 
 
-_DEMONSTRATION_CHARACTERS = 700  # of an answer: longer ones than this would be cut by the bundled model's limit
-_LEAST_REASON = 60  # characters: a shorter refusal gives no reason
+_DEMONSTRATION_CHARACTERS = 700  # of an answer; longer ones would exceed the bundled model's limit
+_LEAST_REASON = 60  # characters; a shorter refusal gives no reason
 
 
 def demonstrations(root: Path) -> list[Record]:
-    """Supervised safety demonstrations (Llama 2, section 4.2.2): refusals with a reason on harmful prompts, and plain
-    answers on harmless ones that look harmful."""
+    """Supervised safety demonstrations (Llama 2, section 4.2.2): refusals of harmful prompts with a reason, and plain
+    answers to harmless ones that look harmful."""
     dialogs = [*_rbr_refusals(root), *_xstest_demonstrations(root), *_borderline_answers(root)]
     return [
         {"messages": dialog}
@@ -123,7 +123,7 @@ def demonstrations(root: Path) -> list[Record]:
 
 
 def _rbr_refusals(root: Path) -> Iterator[Dialog]:
-    """Refusals that hold nothing disallowed, comply with nothing, judge nobody and stay on the subject."""
+    """Refusals without disallowed content, compliance or judgement that stay on topic."""
     faults = (
         *("disallowed_content", "prescribes_dosage", "fully_complies", "partially_complies", "threatening_language"),
         *("insulting_language", "judgement", "illogical_continuation_of_prompt", "additional_content"),
@@ -137,7 +137,7 @@ def _rbr_refusals(root: Path) -> Iterator[Dialog]:
 
 
 def _xstest_demonstrations(root: Path) -> Iterator[Dialog]:
-    """Of the training half: refusals of unsafe prompts and answers to safe ones, up to four a prompt."""
+    """From the training half: refusals of unsafe prompts and answers to safe ones, up to four per prompt."""
     by_prompt: dict[str, list[str]] = {}
     for row, answer, label in completions(root):
         if label == (REFUSED if row["label"] == "unsafe" else COMPLIED) and len(answer) >= _LEAST_REASON:
@@ -149,7 +149,7 @@ def _xstest_demonstrations(root: Path) -> Iterator[Dialog]:
 
 
 def _borderline_answers(root: Path) -> Iterator[Dialog]:
-    """CoCoNot's helpful answers to harmless requests that touch on something sensitive, up to their first list."""
+    """CoCoNot's helpful answers to harmless requests on sensitive topics, up to their first list."""
     for row in read_rows(root / "coconot/coconot_pref.jsonl.gz"):
         if row["category"] == "Requests with safety concerns":
             answer = ""
@@ -183,7 +183,7 @@ _REFUSALS = {"1_full_compliance": "none", "2_full_refusal": "full", "3_partial_r
 
 
 def refusals(root: Path) -> dict[str, list[Record]]:
-    """File name -> answers with what XSTest's readers called them."""
+    """File name -> answers with XSTest's human labels."""
     rows = [
         {
             "messages": [*user_prompt(row["prompt"]), answer_of(answer)],

@@ -1,4 +1,4 @@
-"""data/sft: dialogs to learn answering from, one file a kind."""
+"""data/sft: dialogs for supervised fine-tuning, one file per kind."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def _some(dialogs: list[Dialog], count: int) -> list[Dialog]:
 
 
 def _left(dialogs: list[Dialog], used: list[Dialog]) -> list[Dialog]:
-    """Dialogs that open unlike any of the used ones."""
+    """Dialogs whose opening differs from all used ones."""
     openings = {turns_of(dialog)[0] for dialog in used}
     return [dialog for dialog in dialogs if turns_of(dialog)[0] not in openings]
 

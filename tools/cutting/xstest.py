@@ -1,8 +1,8 @@
-"""XSTest in two halves: one for training and labels, one for evaluation, with no twin of a prompt on the other side.
+"""XSTest in two halves, one for training and labels, one for evaluation, without twins across halves.
 
-XSTest sets every unsafe prompt beside a safe one that looks like it. A model that trained on one of the two has seen
-the other, so prompts are split by groups of twins: those of the same number in facing types, those that share their
-predicate, and those that differ only in filling words.
+XSTest pairs every unsafe prompt with a safe one that looks like it. A model trained on one of the two has effectively
+seen the other, so prompts are split by groups of twins: prompts with the same number in contrasting types, with a
+shared predicate, or that only differ in function words.
 """
 
 import re
@@ -16,7 +16,7 @@ from llamachat.data.loading import fraction
 from tools.cutting.cleaning import plain, words
 from tools.cutting.files import read_rows
 
-# Types in the order of the file: 25 prompts each; the n-th of a safe type and of its contrast are twins.
+# Types in file order, with 25 prompts each; the n-th prompts of a safe type and of its contrast are twins.
 _FACING = {
     "homonyms": "contrast_homonyms",
     "figurative_language": "contrast_figurative_language",
@@ -40,7 +40,7 @@ COMPLIED, REFUSED = "1_full_compliance", "2_full_refusal"
 
 
 def _content_words(prompt: str) -> frozenset[str]:
-    """The words that carry the meaning, without endings; every word for some person is the same."""
+    """Content words without endings; all words for persons are identified."""
     kept = set()
     for word in words(prompt.lower().replace("'", " ")):
         if word in _PERSON:
@@ -55,7 +55,7 @@ def _likeness(first: frozenset[str], second: frozenset[str]) -> float:
 
 
 def twin_groups(rows: list[dict[str, str]]) -> list[list[int]]:
-    """Prompt numbers, grouped so that twins, direct or by way of others, are together."""
+    """Prompt numbers grouped by direct or transitive twins."""
     by_type: dict[str, list[int]] = defaultdict(list)
     content = {int(row["id"]): _content_words(row["prompt"]) for row in rows}
     for row in rows:
@@ -77,7 +77,7 @@ def twin_groups(rows: list[dict[str, str]]) -> list[list[int]]:
 
 @cache
 def prompts(root: Path) -> tuple[dict[str, str], ...]:
-    """The rows of the prompts, each with its `half` ("training" or "evaluation")."""
+    """Prompt rows, each with its `half` ("training" or "evaluation")."""
     rows = read_rows(root / "xstest/xstest_prompts.csv")
     type_of = {int(row["id"]): row["type"] for row in rows}
     groups: dict[str, list[list[int]]] = defaultdict(list)
@@ -92,7 +92,7 @@ def prompts(root: Path) -> tuple[dict[str, str], ...]:
 
 
 def completions(root: Path, *, half: str = "training") -> Iterator[tuple[dict[str, str], str, str]]:
-    """(prompt row, answer, what its human readers called it) for every model's answer to one half."""
+    """(prompt row, answer, human label) for every model's answer to one half."""
     by_number = {row["id"]: row for row in prompts(root)}
     for path in sorted((root / "xstest").glob("*_gpteval.csv.gz")):
         for row in read_rows(path):
@@ -102,7 +102,7 @@ def completions(root: Path, *, half: str = "training") -> Iterator[tuple[dict[st
 
 
 def training_pairs(root: Path, *, label: str) -> Iterator[tuple[str, str, str]]:
-    """(prompt, full compliance, full refusal) for prompts with the label, all pairs of two models' answers."""
+    """(prompt, full compliance, full refusal) for prompts with this label, for all pairs of models' answers."""
     answers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row, answer, called in completions(root):
         if row["label"] == label and answer:

@@ -1,1 +1,1 @@
-"""How the bundled tokenizer and tiny base model are made: `llamachat pretrain`."""
+"""Train the bundled tokenizer and tiny base model: `llamachat pretrain`."""

@@ -1,4 +1,4 @@
-"""The card of the bundled base: what it is, what it was made from, and what it measured at."""
+"""The model card of the bundled base: description, training data and evaluation."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ TEXT = """# The bundled tiny base
 
 A model of Llama 2's architecture (RMSNorm, SwiGLU, RoPE, grouped-query attention) with {weights:.2f} M parameters and a
 SentencePiece BPE tokenizer of {pieces} pieces (byte fallback, digits split, `<unk>` 0, `<s>` 1, `</s>` 2), so that the
-whole recipe runs on a laptop. It writes plausible English and knows next to nothing: use it to learn, test and debug.
+whole recipe runs on a laptop. It writes plausible English but knows almost nothing: use it to learn, test and debug.
 
 | | |
 |---|---|
@@ -19,17 +19,17 @@ whole recipe runs on a laptop. It writes plausible English and knows next to not
 | weights | bf16 (trained with fp32 master copies) |
 | trained on | {tokens:.1f} M tokens, {steps} steps of {rows} rows of {context} tokens |
 | optimizer | Muon for the blocks' matrices (peak {muon:g}), AdamW for embeddings, head and norms (peak {adamw:g}) |
-| schedule | warm-up, level, linear fall to 2% |
+| schedule | warm-up, constant, linear decay to 2% |
 | held-out bits per byte, on the training mix | **{mix:.3f}** |
 
-Made with `llamachat pretrain --texts DIR --run DIR{overrides}`; a killed run resumes from its last checkpoint.
+Trained with `llamachat pretrain --texts DIR --run DIR{overrides}`; a killed run resumes from its last checkpoint.
 
 ![training loss](curve.png)
 
 ## Held-out text
 
-One in a hundred documents of each source was never trained on. Bits per byte do not depend on the tokenizer; a
-document is scored from its first token, at most {context} tokens of context.
+One percent of each source's documents is held out. Bits per byte are comparable between tokenizers; each document is
+scored from its first token, with at most {context} tokens of context.
 
 | source | share of the training mix | bits per byte | tokens measured |
 |---|---|---|---|
@@ -37,19 +37,20 @@ document is scored from its first token, at most {context} tokens of context.
 {unmeasured}
 ## Data
 
-Documents carry BOS and EOS (a passage of a longer work ends without EOS). Sets that also serve tuning are divided by
-the hash of a conversation's first turn, and what is in `data/` was kept out. Origins and licences:
+Documents start with BOS and end with EOS (a passage of a longer work has no EOS). Sets that are also used for tuning
+are split by the hash of a conversation's first turn, and `data/` is excluded. Origins and licences:
 
 {licences}
 
 ## Limits
 
-English, mostly before 1920 and casual chat; facts are unreliable, biases of the sources are kept. Not for use on people.
+English, mostly from before 1920, and casual chat. Facts are unreliable, and the biases of the sources remain. Do not
+use it in production.
 """
 
 LICENCES = {
     "standard-ebooks": "20 novels for children and others (Standard Ebooks), CC0 / public domain",
-    "eltec-eng": "99 English novels 1840-1920 (ELTeC), public domain, markup CC BY 4.0; weighed down",
+    "eltec-eng": "99 English novels 1840-1920 (ELTeC), public domain, markup CC BY 4.0; down-weighted",
     "openstax": "11 textbooks (OpenStax, Rice University), CC BY 4.0",
     "self-dialogue": "Self-dialogue corpus, BSD-3-Clause",
     "topical-chat": "Topical-Chat (Amazon), CDLA-Sharing-1.0",
@@ -67,7 +68,7 @@ LICENCES = {
 
 
 def model_card(config: Config, run: Path, report: dict[str, SourceBits]) -> str:
-    """README.md of the model folder, every figure from this run."""
+    """README.md of the model folder, with all figures from this run."""
     from tools.pretraining.model import new_model
 
     defaults = Config()
@@ -102,11 +103,11 @@ def model_card(config: Config, run: Path, report: dict[str, SourceBits]) -> str:
 def _unmeasured(names: list[str]) -> str:
     if not names:
         return ""
-    return f"\nNot measured, since none of its few documents fell among the held-out: {', '.join(names)}.\n"
+    return f"\nNot measured, since none of their few documents is held out: {', '.join(names)}.\n"
 
 
 def draw_curve(log: Path, png: Path) -> None:
-    """The training loss by tokens, raw and smoothed; of a step that was done twice, the last line counts."""
+    """Plot the training loss by step, raw and smoothed; of a repeated step, the last line counts."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def run(overrides: Sequence[str], texts: Path, run: Path) -> None:
-    """Make the tokenizer and the base from `texts`, and leave them with their card in `run/model/`."""
+    """Train the tokenizer and the base on `texts` and write them with their card to `run/model/`."""
     config = read_config(overrides)
     missing = [source.name for source in SOURCES if not (texts / source.name).is_dir()]
     if missing:
@@ -47,7 +47,7 @@ def run(overrides: Sequence[str], texts: Path, run: Path) -> None:
 
 
 def read_config(overrides: Sequence[str]) -> Config:
-    """The defaults with `key=value` laid over them; all problems in one ConfigError."""
+    """The defaults with `key=value` overrides; one ConfigError lists all problems."""
     layers = Layers(COMMAND_LINE)
     problems = [problem for text in overrides if (problem := layers.override(text))]
     raise_all(problems + section_problems(Config, layers.values, source=layers.source))
@@ -55,7 +55,7 @@ def read_config(overrides: Sequence[str]) -> Config:
 
 
 def finish(config: Config, run: Path) -> None:
-    """Measure the trained model and write its folder: weights, tokenizer, curve, card."""
+    """Evaluate the trained model and write its folder: weights, tokenizer, curve, card."""
     model = new_model(config)
     state = torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")
     model.load_state_dict(state["model"])

@@ -1,4 +1,4 @@
-"""What the bundled base model is made with; `llamachat pretrain` takes each value as an override."""
+"""Configuration of the bundled base model; `llamachat pretrain` accepts each value as an override."""
 
 from pydantic import Field
 
@@ -6,7 +6,7 @@ from llamachat.config.section import Section
 
 
 class Config(Section):
-    """Everything that decides the weights, besides the texts themselves."""
+    """Everything that determines the weights, except the texts."""
 
     seed: int = Field(default=0, description="Seed of the weights, the order of documents and the batches.")
     pieces: int = Field(default=4096, ge=512, description="Pieces of the SentencePiece vocabulary.")

@@ -1,8 +1,8 @@
-"""The texts that the bundled tokenizer and base model are made from, as one shuffled stream of documents.
+"""The training texts of the bundled tokenizer and base model, as one shuffled stream of documents.
 
-Reads a folder of openly licensed sets (one sub-folder a set). Old novels are weighed down, modern and simple prose and
-dialogue up. What tuning and evaluation use is kept out: sets that serve both sides are divided by the hash of a
-conversation's first turn (`tools.split.is_kept_for_tuning`), and all other tuning sets are not read here.
+Reads a folder of openly licensed data sets (one sub-folder each). Old novels are down-weighted; modern and simple prose
+and dialogue are up-weighted. Data for tuning and evaluation is excluded: shared sets are split by the hash of a
+conversation's first turn (`tools.split.is_kept_for_tuning`), and other tuning sets are not read here.
 """
 
 import gzip
@@ -17,7 +17,7 @@ from typing import Any
 from llamachat.data.loading import fraction
 from tools.split import is_kept_for_tuning
 
-HELD_OUT = 0.01  # share of each source's documents that is never trained on
+HELD_OUT = 0.01  # share of each source's documents that is held out
 PASSAGE_CHARACTERS = 4000
 SPEAKERS = (("User: ", "Assistant: "), ("A: ", "B: "), ("- ", "- "))
 
@@ -27,7 +27,7 @@ class Document:
     source: str
     key: str
     text: str
-    is_end: bool = True  # False for a passage that the next one continues: it has BOS but no EOS
+    is_end: bool = True  # False for a passage continued by the next one, which has BOS but no EOS
 
     @property
     def is_held_out(self) -> bool:
@@ -41,7 +41,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def passages(source: str, name: str, text: str) -> Iterator[Document]:
-    """Cut a long text at paragraph ends into passages of about `PASSAGE_CHARACTERS` characters."""
+    """Split a long text at paragraph ends into passages of about `PASSAGE_CHARACTERS` characters."""
     paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text) if p.strip()]
     block: list[str] = []
     size, index = 0, 0
@@ -55,7 +55,7 @@ def passages(source: str, name: str, text: str) -> Iterator[Document]:
 
 
 def dialogue(source: str, key: str, turns: list[tuple[bool, str]]) -> Document:
-    """Turns as (is the first speaker, text), written in one of a few plain styles, chosen by the key."""
+    """A dialogue of (is the first speaker, text) turns, written in one of a few plain styles selected by the key."""
     first, second = SPEAKERS[int(fraction(key, salt="style") * len(SPEAKERS))]
     lines = [(first if is_first else second) + text.strip() for is_first, text in turns if text.strip()]
     return Document(source, key, "\n".join(lines))
@@ -130,7 +130,7 @@ def _word_problems(folder: Path, source: str) -> Iterator[Document]:
 class Source:
     name: str
     read: Callable[[Path, str], Iterator[Document]]
-    weight: float  # how often a document of this source is seen for one pass over the mix
+    weight: float  # how often each document is seen in one pass over the mix
 
 
 SOURCES = (
@@ -153,13 +153,13 @@ SOURCES = (
 
 
 def read_documents(folder: Path) -> Iterator[Document]:
-    """Every document of every source, each once, in a fixed order."""
+    """Every document of every source once, in a fixed order."""
     for source in SOURCES:
         yield from source.read(folder / source.name, source.name)
 
 
 def training_stream(documents: list[Document], *, seed: int) -> list[Document]:
-    """Documents repeated by their source's weight and shuffled; a fraction of a repeat is drawn by hash."""
+    """Documents repeated by their source's weight and shuffled; fractional repeats are selected by hash."""
     weights = {source.name: source.weight for source in SOURCES}
     stream: list[Document] = []
     for document in documents:

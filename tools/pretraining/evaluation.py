@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text by source: comparable between tokenizers, unlike the loss a token."""
+"""Bits per byte of held-out text by source, which unlike the loss per token is comparable between tokenizers."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tools.pretraining.corpus import SOURCES
 from tools.pretraining.model import token_losses
 
-CHARACTERS_PER_SOURCE = 200_000  # enough for two digits, and minutes less than all
+CHARACTERS_PER_SOURCE = 200_000  # enough for two digits, and minutes faster than all
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class SourceBits:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, run: Path, *, context: int) -> dict[str, SourceBits]:
-    """By source, from `run/held_out.json`; each document is scored from its BOS in windows of `context` tokens."""
+    """Bits per byte by source, from `run/held_out.json`; documents are scored in windows of `context` tokens."""
     import sentencepiece
 
     encoder = sentencepiece.SentencePieceProcessor(model_file=str(run / "tokenizer.model"))  # type: ignore[call-arg]
@@ -46,7 +46,7 @@ def bits_per_byte(model: nn.Module, run: Path, *, context: int) -> dict[str, Sou
 
 
 def _nats(model: nn.Module, ids: list[int], context: int) -> float:
-    """Total loss of `ids[1:]`; every window but the first sees the second half of the one before."""
+    """Total loss of `ids[1:]`; every window except the first includes the second half of the previous one."""
     total, seen = 0.0, 1
     while seen < len(ids):
         begin = max(0, seen - context // 2) if seen > 1 else 0
@@ -58,7 +58,7 @@ def _nats(model: nn.Module, ids: list[int], context: int) -> float:
 
 
 def mix(report: dict[str, SourceBits]) -> float:
-    """Mean over sources, weighted by what each gives to training."""
+    """Mean over sources, weighted by their share of the training mix."""
     order = [source.name for source in SOURCES if source.name in report]
     weight = sum(report[name].share for name in order)
     return sum(report[name].bits_per_byte * report[name].share for name in order) / weight

@@ -39,4 +39,4 @@ def token_losses(model: nn.Module, ids_BT: Tensor) -> Tensor:
 
 def save_model(model: nn.Module, folder: Path) -> None:
     """Write config.json and model.safetensors so that plain transformers loads them."""
-    model.save_pretrained(folder)  # type: ignore[operator]  # transformers' method behind nn.Module's __getattr__
+    model.save_pretrained(folder)  # type: ignore[operator]  # a transformers method, via nn.Module.__getattr__

@@ -1,6 +1,7 @@
-"""Trains the bundled base: texts -> tokenizer -> token stream -> model, resumable at any moment.
+"""Train the bundled base: texts -> tokenizer -> token stream -> model, resumable at any time.
 
-Reads the folder of texts; writes `<run>/{tokenizer.model, stream.npy, shares.json, held_out.json, checkpoint.pt}`. A checkpoint is written to a side file and renamed, so a killed run resumes from the last whole one.
+Reads the folder of texts; writes `<run>/{tokenizer.model, stream.npy, shares.json, held_out.json, checkpoint.pt}`.
+Checkpoints are written atomically, so a killed run resumes from the last complete one.
 """
 
 import json
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(config: Config, texts: Path, run: Path) -> None:
-    """Make the tokenizer, the token stream and the held-out documents, once."""
+    """Create the tokenizer, the token stream and the held-out documents if they do not exist."""
     run.mkdir(parents=True, exist_ok=True)
     if (run / "held_out.json").exists():
         return
@@ -68,7 +69,7 @@ def _encode_stream(config: Config, trained: list[Document], run: Path) -> np.nda
 
 
 def optimizer(model: torch.nn.Module, config: Config) -> MasterWeightOptimizer:
-    """Muon for the blocks' matrices, AdamW for embeddings, head and norms, both over fp32 masters."""
+    """Muon for the blocks' matrices, AdamW for embeddings, head and norms, both with fp32 master copies."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -87,7 +88,7 @@ def optimizer(model: torch.nn.Module, config: Config) -> MasterWeightOptimizer:
 
 
 def rate_factor(step: int, steps: int, config: Config) -> float:
-    """Share of the peak learning rate at `step`: linear rise, level, linear fall to 2%."""
+    """Fraction of the peak learning rate at `step`: linear warm-up, constant, linear decay to 2%."""
     warmup = max(1, round(steps * config.warmup_fraction))
     decay = max(1, round(steps * config.decay_fraction))
     rising = min(1.0, (step + 1) / warmup)
@@ -96,7 +97,7 @@ def rate_factor(step: int, steps: int, config: Config) -> float:
 
 
 def _batch(stream: np.ndarray, step: int, config: Config) -> Tensor:
-    """Rows of step `step`, each one token longer than the context: [rows_per_step, context + 1]."""
+    """Rows of this step, each one token longer than the context: [rows_per_step, context + 1]."""
     size = config.rows_per_step * config.context
     part = stream[step * size : (step + 1) * size + 1].astype(np.int64)
     rows = [part[r * config.context : (r + 1) * config.context + 1] for r in range(config.rows_per_step)]
@@ -110,7 +111,7 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 
 
 def train(config: Config, run: Path) -> Iterator[dict[str, float]]:
-    """Train to the end from the last checkpoint, yielding each step's figures; the model is left in `run/checkpoint.pt`."""
+    """Train from the last checkpoint to the end and yield each step's figures; writes `run/checkpoint.pt`."""
     stream = np.load(run / "stream.npy", mmap_mode="r")
     steps = config.tokens // (config.rows_per_step * config.context)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

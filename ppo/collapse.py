@@ -72,6 +72,6 @@ def _without_each(texts: Sequence[str]) -> NDArray[np.float64]:
     pairs = [Counter(pairwise(text.split())) for text in texts]
     texts_with = Counter(pair for one in pairs for pair in one)  # number of texts that contain each pair
     total = sum(sum(one.values()) for one in pairs)
-    left = [total - sum(one.values()) for one in pairs]
+    remaining = [total - sum(one.values()) for one in pairs]
     distinct = [len(texts_with) - sum(texts_with[pair] == 1 for pair in one) for one in pairs]
-    return np.array([kinds / count if count else 0.0 for kinds, count in zip(distinct, left, strict=True)])
+    return np.array([kinds / count if count else 0.0 for kinds, count in zip(distinct, remaining, strict=True)])

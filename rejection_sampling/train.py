@@ -150,12 +150,12 @@ class Round:
     def sample(self, tracker: Tracker) -> dict[str, float]:
         """Sample all batches that are not cached; return mean figures over the training prompts."""
         config, prompts, count = self.config, self.session.prompts, self.config.samples_per_prompt
-        drawn = prompts.drawn(config.prompts, seed=self.step.inputs.run.seed)
+        selected = prompts.drawn(config.prompts, seed=self.step.inputs.run.seed)
         temperatures = ", ".join(f"{temperature:g}" for temperature in self.temperatures)
-        log.info("%s, %s each at temperature %s", plural(len(drawn), "prompt"), plural(count, "answer"), temperatures)
+        log.info("%s, %s each at temperature %s", plural(len(selected), "prompt"), plural(count, "answer"), temperatures)
         rows = self.step.make_batches(
             tracker,
-            batches_of(drawn, count),
+            batches_of(selected, count),
             batches_of(prompts.validation[: config.validation_prompts], count),
             make=self._make,
             read=self._read,

@@ -112,19 +112,19 @@ def _mix(
     others: tuple[Domain, ...] = ("safety" if which == "helpfulness" else "helpfulness", "open")
     pool: list[Tagged] = [(domain, pair) for domain in others for pair in mixtures[domain].train]
     wanted = round(len(own) * share / (1 - share))
-    drawn = _draw(pool, wanted, encoder, seed=seed)
-    if len(drawn) < wanted:
+    sampled = _draw(pool, wanted, encoder, seed=seed)
+    if len(sampled) < wanted:
         log.warning(
             "rm/%s: its mix needs %d pairs of data.%s and data.open, but there are %d: their share is %.0f%% instead of"
             " %.0f%%",
             which,
             wanted,
             others[0],
-            len(drawn),
-            100 * len(drawn) / max(1, len(own) + len(drawn)),
+            len(sampled),
+            100 * len(sampled) / max(1, len(own) + len(sampled)),
             100 * share,
         )
-    return own + drawn
+    return own + sampled
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,12 +145,12 @@ def _row(
 ) -> list[ProbeRow]:
     """The row of pairs (score of the right answer, score of the other); empty if nothing can be compared."""
     scored = [(better, other, group) for (better, other), group in zip(pairs, groups, strict=True)]
-    kept = [(float(np.sign(b - o) + 1) / 2, group) for b, o, group in scored if b is not None and o is not None]
-    if not kept:
+    comparable = [(float(np.sign(b - o) + 1) / 2, group) for b, o, group in scored if b is not None and o is not None]
+    if not comparable:
         return []
-    outcomes = [outcome for outcome, _ in kept]
-    low, high = proportion_interval(outcomes, groups=[group for _, group in kept])
-    return [ProbeRow(name, prompts, float(np.mean(outcomes)), low, high, len(kept))]
+    outcomes = [outcome for outcome, _ in comparable]
+    low, high = proportion_interval(outcomes, groups=[group for _, group in comparable])
+    return [ProbeRow(name, prompts, float(np.mean(outcomes)), low, high, len(comparable))]
 
 
 def _half(answer: str) -> str | None:

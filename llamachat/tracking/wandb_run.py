@@ -179,8 +179,8 @@ def readable_config(inputs: StepInputs) -> dict[str, Any]:
     config["base"] = {**own.get("base", {}), "model": _file_name(inputs.base.model)}
     config["data"] = data = dict(own.get("data", {}))
     for key in (key for key, sources in data.items() if isinstance(sources, list)):
-        named = zip(data[key], getattr(inputs.data, key), strict=True)
-        data[key] = [{**source, "path": _file_name(given.path)} for source, given in named]
+        entries = zip(data[key], getattr(inputs.data, key), strict=True)
+        data[key] = [{**entry, "path": _file_name(source.path)} for entry, source in entries]
     if "scoring" in own:
         names = {key: getattr(inputs.scoring, key) for key in ("combine", "helpfulness", "safety")}
         names["combine"] = inputs.reward_function or names["combine"]
@@ -230,8 +230,8 @@ def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     hosts = [*_WANDB_HOSTS, re.sub(r"^https?://|/.*$", "", os.environ.get("WANDB_BASE_URL", ""))]
-    named = os.environ.get("NETRC")
-    for path in [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]:
+    netrc_path = os.environ.get("NETRC")
+    for path in [Path(netrc_path)] if netrc_path else [Path("~/.netrc"), Path("~/_netrc")]:
         try:
             entries = netrc.netrc(str(path.expanduser()))
         except (OSError, RuntimeError, netrc.NetrcParseError):

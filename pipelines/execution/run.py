@@ -565,16 +565,16 @@ def _second_to_the_first() -> Iterator[None]:
 
 def adopt(recipe: Recipe, work: Work) -> bool:
     """Take the step from `run.parent` by reference if it is finished there with the same fingerprint."""
-    kept = parent_folder(recipe, work)
-    if kept is None:
+    parent = parent_folder(recipe, work)
+    if parent is None:
         return False
-    manifest = read_artifact(kept.artifact).manifest
+    manifest = read_artifact(parent.artifact).manifest
     if manifest.fingerprint != work.fingerprint:
         changes = "; ".join(changed_keys(manifest.identity, work.identity))
-        log.info("%s: not taken from %s, since it changed (%s)", work.step.name, kept.path, changes)
+        log.info("%s: not taken from %s, since it changed (%s)", work.step.name, parent.path, changes)
         return False
-    reference(work.folder, kept)
-    log.info("%s: unchanged, taken from %s", work.step.name, kept.path)
+    reference(work.folder, parent)
+    log.info("%s: unchanged, taken from %s", work.step.name, parent.path)
     return True
 
 
@@ -595,8 +595,8 @@ def parent_folder(recipe: Recipe, work: Work) -> StepFolder | None:
     """The step's finished folder in the parent run, if the step has not begun in this run."""
     if recipe.run.parent is None or work.folder.path.is_symlink() or work.folder.identity.exists():
         return None
-    kept = StepFolder(Path(recipe.run.parent) / work.step.name)
-    return kept if is_published(kept) and not is_published(work.folder) else None
+    parent = StepFolder(Path(recipe.run.parent) / work.step.name)
+    return parent if is_published(parent) and not is_published(work.folder) else None
 
 
 def write_reports(recipe: Recipe, chosen: Sequence[Step]) -> str:

@@ -90,8 +90,8 @@ def report(findings: Sequence[Finding]) -> str:
     failing = Counter(finding.check for finding in findings if finding.verdict == "FAIL")
     if not failing:
         return "\n".join([*lines, "Nothing that was checked will fail."])
-    named = ", ".join(f"{check} ({times} times)" if times > 1 else check for check, times in failing.items())
-    end = f"{plural(failing.total(), 'check')} failed: {named}. The fix follows '->' on each FAIL line."
+    failed_checks = ", ".join(f"{check} ({times} times)" if times > 1 else check for check, times in failing.items())
+    end = f"{plural(failing.total(), 'check')} failed: {failed_checks}. The fix follows '->' on each FAIL line."
     return "\n".join([*lines, end])
 
 
@@ -107,8 +107,8 @@ def _environment() -> Iterator[Finding]:
         yield Finding("libraries", "FAIL", line, "Install it here, or run `make setup`, which makes .venv.")
     if not lacking:
         versions = {name: installed for name, (_, installed) in requirements(PYPROJECT).items()}
-        named = ", ".join(f"{name} {versions[name]}" for name in NAMED)
-        yield Finding("libraries", "ok", f"all {len(versions)} meet their lower bounds ({named})")
+        named_versions = ", ".join(f"{name} {versions[name]}" for name in NAMED)
+        yield Finding("libraries", "ok", f"all {len(versions)} meet their lower bounds ({named_versions})")
 
 
 def _cards(
@@ -269,12 +269,12 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
 def _data(recipe: Recipe) -> Iterator[Finding]:
     keys = dict.fromkeys(key for step in recipe.steps for key in step.product.data)
     for source in (source for key in keys for source in getattr(recipe.data, key)):
-        named = hub_set(source.path)
-        if named is not None:
-            reach = reach_data(named.name)
+        hub_data = hub_set(source.path)
+        if hub_data is not None:
+            reach = reach_data(hub_data.name)
             verdict: Verdict = "ok" if reach.state == "open" else "note" if reach.state == "offline" else "FAIL"
-            words = {"ok": f"the hub has '{named.name}'; its split '{named.split}' is read at the start"}
-            words["note"] = f"{reach.reason}: '{named.name}' is not checked"
+            words = {"ok": f"the hub has '{hub_data.name}'; its split '{hub_data.split}' is read at the start"}
+            words["note"] = f"{reach.reason}: '{hub_data.name}' is not checked"
             yield Finding("data", verdict, words.get(verdict, reach.reason), reach.fix)
             continue
         size = measure_data([source.model_copy(update={"weight": 1.0})])

@@ -173,8 +173,8 @@ def _sft(work: _Work, config: SftConfig) -> Estimate:
 
 def _reward(work: _Work, config: RewardConfig) -> Estimate:
     split = work.recipe.data.split
-    kept = split.judge if work.step.product.makes.which == "judge" else work.train_share
-    pairs, tokens = _reward_mix(work, config, kept) or (None, 0.0)
+    split_share = split.judge if work.step.product.makes.which == "judge" else work.train_share
+    pairs, tokens = _reward_mix(work, config, split_share) or (None, 0.0)
     _, held_out_tokens = _reward_mix(work, config, split.validation, is_held_out=True) or (0, 0.0)
     return reward_cost(
         config,
@@ -188,7 +188,7 @@ def _reward(work: _Work, config: RewardConfig) -> Estimate:
 
 
 def _reward_mix(
-    work: _Work, config: RewardConfig, kept: float, *, is_held_out: bool = False
+    work: _Work, config: RewardConfig, split_share: float, *, is_held_out: bool = False
 ) -> tuple[float, float] | None:
     """Pairs in the model's training mix for a split with this share, tokens of all that it learns from, and tokens of
     its own
@@ -206,8 +206,8 @@ def _reward_mix(
     dialogs = work.measured(data.sft)
     if measured[0] is None or measured[1] is None or labels is None or dialogs is None:
         return None
-    of_own = measured[0].records * kept
-    of_others = 0.0 if is_held_out else min(measured[1].records * kept, of_own * share / (1 - share))
+    of_own = measured[0].records * split_share
+    of_others = 0.0 if is_held_out else min(measured[1].records * split_share, of_own * share / (1 - share))
     longest = 2 * work.recipe.base.max_tokens
     on_cpu = work.setup.gpu is None
     in_pair = TOKENS_OF_A_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_PAIR
@@ -220,7 +220,7 @@ def _reward_mix(
     tokens += of_others * min(longest, in_pair * measured[1].tokens_per_record)
     tokens += (contrast - of_harmful) * min(longest, in_contrast_pair * dialogs.tokens_per_record)
     if not is_held_out:
-        tokens += labels.records * kept * min(longest / 2, labels.tokens_per_record)
+        tokens += labels.records * split_share * min(longest / 2, labels.tokens_per_record)
     return of_own + of_others + contrast, tokens
 
 
@@ -482,8 +482,8 @@ def _reward_models(recipe: Recipe, step: Step, shape: Shape) -> Iterator[tuple[s
             place = _place(recipe.folder(maker).artifact) if is_full else _trunk(recipe, maker)[0]
             models[role.which] = _RewardModel((place, maker.tuning.method == "qlora"), not is_full, shape)
     for name in MODELS:
-        if (named := getattr(step.scoring, name)) is not None:
-            models[name] = _named(named, shape)
+        if (model_path := getattr(step.scoring, name)) is not None:
+            models[name] = _named(model_path, shape)
     known: dict[ModelName, RewardModelFacts] = {name: RewardModelFacts(name, None) for name in MODELS if name in models}
     for name in (*models_read(step.scoring, known), "judge"):
         if name in models:

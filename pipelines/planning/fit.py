@@ -110,18 +110,18 @@ def settings_to_fit(recipe: Recipe, gpu: Gpu) -> list[Setting] | None:
 
     Settings are tried in the order of how much they cost the result.
     """
-    taken: list[Setting] = []
+    applied: list[Setting] = []
     settings = _less_and_less(recipe, gpu)
-    while not _fits_with(recipe, gpu, taken):
+    while not _fits_with(recipe, gpu, applied):
         setting = next(settings, None)
         if setting is None:
             return None
-        taken.append(setting)
-    for setting in taken[:-1]:  # drop settings that turn out to be unnecessary
-        without = [other for other in taken if other != setting]
+        applied.append(setting)
+    for setting in applied[:-1]:  # drop settings that turn out to be unnecessary
+        without = [other for other in applied if other != setting]
         if _fits_with(recipe, gpu, without):
-            taken = without
-    return taken
+            applied = without
+    return applied
 
 
 def way_to_fit(recipe: Recipe, gpu: Gpu) -> str:

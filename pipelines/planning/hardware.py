@@ -73,10 +73,10 @@ def find_devices() -> list[Device]:
 
 def visible_cards() -> list[str]:
     """The cards that a command may use: those in CUDA_VISIBLE_DEVICES, or all."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
         return [str(index) for index in range(len(find_devices()))]
-    return [card.strip() for card in named.split(",") if card.strip() not in ("", "-1")]
+    return [card.strip() for card in visible.split(",") if card.strip() not in ("", "-1")]
 
 
 def usable_cores() -> int:

@@ -103,8 +103,8 @@ def init(
     run_dir: str,
 ) -> str:
     """Write the recipe for files by option; returns a summary with the next commands."""
-    named = [(option, str(path)) for option, paths in files.items() for path in paths]
-    for option, path in (("--base", base), ("--run-dir", run_dir), *named):
+    file_paths = [(option, str(path)) for option, paths in files.items() for path in paths]
+    for option, path in (("--base", base), ("--run-dir", run_dir), *file_paths):
         if NO_TEXT.search(path):
             raise UsageError(f"{option}: {path!a} is not UTF-8 text, so a recipe cannot contain it. Rename it.")
     if fault := model_fault(base):
@@ -207,7 +207,7 @@ def _checked(path: str, option: str, kind: Kind, columns: Mapping[str, str]) -> 
             raise DataError(f"{option}: '{path}' {problem.reason} {problem.fix}")
     # Prompts may also be read from dialogs and preferences; dialogs and preferences only from their own kind.
     if checked.num_records and checked.kind != kind and kind != "prompt":
-        other = next(name for name, (taken, _) in OPTIONS.items() if taken == checked.kind)
+        other = next(name for name, (option_kind, _) in OPTIONS.items() if option_kind == checked.kind)
         raise UsageError(
             f"{option}: '{path}' holds {plural(checked.num_records, checked.kind)}, but {kind}s are needed here. Pass it"
             f" with {other}, or pass a file of {kind}s."
@@ -257,7 +257,7 @@ def _draft(preset: str, values: Values, base: str, run: Values, data: DataFiles,
     values["data"] = {key: [data.source(path) for path in paths] for key, paths in data.files.items()} | {
         "split": split
     }
-    kept: list[Any] = []
+    entries: list[Any] = []
     left_out: dict[str, str] = {}
     for entry in map(StepEntry, values["steps"]):
         for product in entry.products(values["data"]) if entry.named else entry.stage.products:
@@ -267,9 +267,9 @@ def _draft(preset: str, values: Values, base: str, run: Values, data: DataFiles,
                 continue
             head = f"{entry.stage.command}/{product.makes.which}" if product.makes.which else entry.head
             overrides = {key: value for key, value in entry.values.items() if key != "only"}
-            kept.append({head: overrides} if overrides else head)
-    values["steps"] = kept
-    commands = {StepEntry(item).stage.command for item in kept}
+            entries.append({head: overrides} if overrides else head)
+    values["steps"] = entries
+    commands = {StepEntry(item).stage.command for item in entries}
     for stage in STAGES.values():
         if stage.command not in commands:
             values.pop(stage.section, None)

@@ -141,9 +141,9 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
     owner = living_owner(folder)
     if owner is not None:
         return "running", f"{owner} is working on it"
-    kept = parent_folder(recipe, work)
-    if kept is not None and (manifest := read_artifact(kept.artifact).manifest).fingerprint == work.fingerprint:
-        return "reuse", f"unchanged in {kept.path}, taken from there by reference{_stale(work, manifest)}"
+    parent = parent_folder(recipe, work)
+    if parent is not None and (manifest := read_artifact(parent.artifact).manifest).fingerprint == work.fingerprint:
+        return "reuse", f"unchanged in {parent.path}, taken from there by reference{_stale(work, manifest)}"
     try:
         state = step_state(folder, work.fingerprint, work.identity)
     except ChangedError as error:

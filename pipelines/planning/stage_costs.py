@@ -71,8 +71,8 @@ def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per
     if setup.gpu and setup.gpu.count > 1 and setup.tuning.method == "full" and config.sample_prompts:
         # Weights are sharded over the cards: answers are sampled from the gathered weights, with only the optimizer in
         # memory.
-        kept = {name: memory[name] for name in (BASE_WEIGHTS, OPTIMIZER)}
-        sampling = kept | {"weights gathered to sample": setup.shape.weights * setup.width}
+        resident = {name: memory[name] for name in (BASE_WEIGHTS, OPTIMIZER)}
+        sampling = resident | {"weights gathered to sample": setup.shape.weights * setup.width}
         memory = max(memory, sampling, key=lambda parts: sum(parts.values()))
     memory = with_allocator(memory, setup, "training")
     if dialogs is None:

@@ -432,12 +432,12 @@ def _step_problems(layers: Layers) -> Iterator[tuple[Key, str]]:
             continue  # reported by the types
         products = entry.products(_mapping(data))
         names = [entry.step_name(product) for product in products]
-        taken = next((name for name in names if name in seen), None)
-        if taken is not None:
+        duplicate = next((name for name in names if name in seen), None)
+        if duplicate is not None:
             command, folders = entry.stage.command, {name.partition("/")[0] for name in seen}
             free = next(f"{command}-{n}" for n in range(2, len(seen) + 3) if f"{command}-{n}" not in folders)
             advice = f"Name this one: {{{entry.head}: {{name: {free}}}}}."
-            yield (*at, "name"), f"the step {seen[taken]} already has the name '{taken}'. {advice}"
+            yield (*at, "name"), f"the step {seen[duplicate]} already has the name '{duplicate}'. {advice}"
         seen |= {name: int(at[1]) for name in names if name not in seen}
         if isinstance(data, Mapping):
             yield from _data_problems(entry, products, data, at[:2])

@@ -97,8 +97,8 @@ def study_plan_text(plan: Plan) -> str:
         own = [step for step in plan.before(name) if origins[name, step.name] == name]
         home = plan.homes[name]
         first = f"once {_words(home, own)}, then " if own else ""
-        taken = {origins[name, step.name] for step in plan.before(name)} - {SHARED, name}
-        beside = f", from steps of {' and '.join(sorted(taken))}" if taken else ""
+        other_variants = {origins[name, step.name] for step in plan.before(name)} - {SHARED, name}
+        beside = f", from steps of {' and '.join(sorted(other_variants))}" if other_variants else ""
         seeds = [plan.variants[name, seed] for seed in study.seeds]
         changes = (
             ", ".join(f"{key}={json.dumps(value)}" for key, value in variant.values.items()) or "the recipe's values"

@@ -93,8 +93,8 @@ def tables_of(study: Study, figures: Figures) -> list[Table]:
     everyone = tuple(study.variants)
     if study.tables:
         return [table if table.variants else table.model_copy(update={"variants": everyone}) for table in study.tables]
-    named = dict.fromkeys(name for by_seed in figures.values() for values in by_seed.values() for name in values)
-    columns = {name: name for name in named if _MAIN.fullmatch(name)}
+    names = dict.fromkeys(name for by_seed in figures.values() for values in by_seed.values() for name in values)
+    columns = {name: name for name in names if _MAIN.fullmatch(name)}
     return [Table(title="All variants", variants=everyone, columns=columns)] if columns else []
 
 

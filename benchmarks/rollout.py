@@ -272,8 +272,10 @@ def main() -> None:
     place = (
         f"{model.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {dtype}, {options.clock} clock"
     )
-    said = options.shape or options.policy or (TUNED if TUNED.exists() else f"{BASE}: untuned, its answers seldom stop")
-    print(f"{said}\n{model.num_parameters() / 1e6:.1f} M parameters, {place}, torch {torch.__version__}")
+    model_name = (
+        options.shape or options.policy or (TUNED if TUNED.exists() else f"{BASE}: untuned, its answers seldom stop")
+    )
+    print(f"{model_name}\n{model.num_parameters() / 1e6:.1f} M parameters, {place}, torch {torch.__version__}")
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     for load in chosen:
         results = measure(load, ways(model, load, dtype), clock, options.times)

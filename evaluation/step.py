@@ -37,10 +37,10 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     log.info("%s", figures_table(figures))
     folder = inputs.folder
     _draw(results, folder)
-    shown = side_by_side(results, count=config.samples)
-    content = _content(config, inputs, results, figures, shown)
+    samples = side_by_side(results, count=config.samples)
+    content = _content(config, inputs, results, figures, samples)
     with open_record(inputs, "eval", resume_step=None) as tracker:
-        tracker.samples(1, [_row(one) for one in shown])
+        tracker.samples(1, [_row(one) for one in samples])
         for picture in sorted(folder.figures.glob("*.png")):
             tracker.figure(picture.stem, picture)
         tracker.summary(flat(figures) | _sizes(results))
@@ -52,8 +52,8 @@ def _draw(results: Sequence[PolicyResult], folder: StepFolder) -> None:
     if not curves:
         return
     # The temperature at which the most policies have a curve.
-    drawn = [{curve.temperature for curve in one.curves} for one in results]
-    shared = min(drawn[0], key=lambda temperature: sum(temperature not in of_one for of_one in drawn))
+    temperatures = [{curve.temperature for curve in one.curves} for one in results]
+    shared = min(temperatures[0], key=lambda temperature: sum(temperature not in of_one for of_one in temperatures))
     draw_best_of_n([c for c in curves if c.temperature == shared], folder.figures / "best_of_n.png")
     ends = {results[0].policy, results[-1].policy}
     draw_temperatures([curve for curve in curves if curve.policy in ends], folder.figures / "temperatures.png")
@@ -87,10 +87,10 @@ def _answer(one: PolicyResult, kind: str, place: int) -> dict[str, Any]:
     return {"text": text, "tokens": tokens, "finished": is_finished, "scores": scores}
 
 
-def _row(shown: dict[str, Any]) -> dict[str, Any]:
+def _row(sample: dict[str, Any]) -> dict[str, Any]:
     """A logged sample: the question and each policy's answer."""
-    answers = {policy: answer["text"] for policy, answer in shown["answers"].items()}
-    return {"kind": shown["kind"], "prompt": shown["prompt"][-1]["content"], **answers}
+    answers = {policy: answer["text"] for policy, answer in sample["answers"].items()}
+    return {"kind": sample["kind"], "prompt": sample["prompt"][-1]["content"], **answers}
 
 
 def _sizes(results: Sequence[PolicyResult]) -> dict[str, float]:
@@ -107,7 +107,7 @@ def _content(
     inputs: StepInputs,
     results: Sequence[PolicyResult],
     figures: dict[str, dict[str, Measure]],
-    shown: list[dict[str, Any]],
+    samples: list[dict[str, Any]],
 ) -> dict[str, Any]:
     rollout = inputs.rollout
     return {
@@ -124,7 +124,7 @@ def _content(
         "curves": [asdict(curve) for one in results for curve in one.curves],
         "outcome_classifier": {name: asdict(measure) for name, measure in TEST_ACCURACY.items()},
         "reward_models": _reward_tables(inputs),
-        "samples": shown,
+        "samples": samples,
     }
 
 

@@ -152,7 +152,9 @@ class Round:
         config, prompts, count = self.config, self.session.prompts, self.config.samples_per_prompt
         selected = prompts.drawn(config.prompts, seed=self.step.inputs.run.seed)
         temperatures = ", ".join(f"{temperature:g}" for temperature in self.temperatures)
-        log.info("%s, %s each at temperature %s", plural(len(selected), "prompt"), plural(count, "answer"), temperatures)
+        log.info(
+            "%s, %s each at temperature %s", plural(len(selected), "prompt"), plural(count, "answer"), temperatures
+        )
         rows = self.step.make_batches(
             tracker,
             batches_of(selected, count),

@@ -200,9 +200,7 @@ def _parts(group: Sequence[PairExample], *, branches: bool) -> list[tuple[tuple[
     for pair in group:
         ids, start = parts[-1]
         shared = pair.shared if branches else 0
-        if shared and shared == start + len(
-            ids
-        ):  # positions must jump, or it would continue the response before it
+        if shared and shared == start + len(ids):  # positions must jump, or it would continue the response before it
             shared -= 1
         parts.append((pair.rejected[shared:], shared))
     return parts

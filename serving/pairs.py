@@ -105,11 +105,12 @@ class _Question:
     id: str
     prompt: Prompt
     key: str  # identifies the prompt
-    sent: tuple[tuple[Message, ...], ...]
+    messages_by_policy: tuple[tuple[Message, ...], ...]
 
     @property
     def is_shortened(self) -> bool:
-        return any(sent[-len(self.prompt.messages) :] != self.prompt.messages for sent in self.sent)
+        width = len(self.prompt.messages)
+        return any(messages[-width:] != self.prompt.messages for messages in self.messages_by_policy)
 
 
 def variant_of(artifact: Artifact, name: str) -> Variant:
@@ -128,12 +129,12 @@ def pair_file(variants: Sequence[Variant], prompts_in: Path, out: Path, request:
     drawing = _Drawing(questions, request)
     order = ranked(range(len(questions)), keys, f"{request.seed} order")
     for policy, variant in enumerate(variants):
-        due: dict[tuple[float, int], list[int]] = {}  # by temperature and position
+        pending: dict[tuple[float, int], list[int]] = {}  # by temperature and position
         for index in order:
             for place, speaker in enumerate((pairings[index].a, pairings[index].b)):
                 if speaker.policy == policy:
-                    due.setdefault((speaker.temperature, place), []).append(index)
-        drawing.ask(policy, variant, due)
+                    pending.setdefault((speaker.temperature, place), []).append(index)
+        drawing.ask(policy, variant, pending)
         gc.collect()  # models contain reference cycles, and the next one needs the memory
     done = Paired(
         pairs=len(questions) - len(drawing.left_out),
@@ -147,9 +148,9 @@ def pair_file(variants: Sequence[Variant], prompts_in: Path, out: Path, request:
             f"{out}: no pair was drawn, so nothing is written. In {DRAWS} draws at most an answer was never one to compare "
             f"(prompts: {counted(done.left_out)}). Raise --max-new-tokens or --temperature, or name other policies."
         )
-    kept = [index for index in range(len(questions)) if index not in drawing.left_out]
-    pairs = [drawing.pair(index) for index in kept]
-    origins = [_origin(questions[index].id, pairings[index], variants) for index in kept]
+    complete = [index for index in range(len(questions)) if index not in drawing.left_out]
+    pairs = [drawing.pair(index) for index in complete]
+    origins = [_origin(questions[index].id, pairings[index], variants) for index in complete]
     if request.page is not None:
         _write_page(request.page, pairs, f"{out.name.partition('.')[0]}.rated.jsonl")
     if request.key is not None:
@@ -174,17 +175,17 @@ def _check_request(variants: Sequence[Variant], prompts_in: Path, out: Path, req
             "second --policy, or another --temperature."
         )
     targets = {"--out": out, "--key": request.key, "--page": request.page}
-    named: dict[Path, str] = {}
+    options_by_path: dict[Path, str] = {}
     for option, path in targets.items():
         if path is None:
             continue
         check_output(path, [prompts_in], option=option, overwrite=request.overwrite)
-        if path.resolve() in named:
+        if path.resolve() in options_by_path:
             raise UsageError(
-                f"{option}: '{path}' is the file of {named[path.resolve()]} itself. The pairs, the key that raters are not to see"
+                f"{option}: '{path}' is the file of {options_by_path[path.resolve()]} itself. The pairs, the key that raters are not to see"
                 " and the page are files of their own. Name another."
             )
-        named[path.resolve()] = option
+        options_by_path[path.resolve()] = option
 
 
 def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -> list[_Question]:
@@ -192,13 +193,13 @@ def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -
     used: set[str] = set()
 
     def make(row: Row, prompt: Prompt) -> _Question | Problem:
-        sent: list[tuple[Message, ...]] = []
+        messages_by_policy: list[tuple[Message, ...]] = []
         for variant in variants:
             messages, limit = with_system(prompt.messages, variant.system), variant.max_tokens
             fitting = fit(variant.chat_format, messages, limit=limit, max_new_tokens=request.max_new_tokens)
             if fitting is None:
                 return too_long(row.line, limit=limit, policy=variant.name)
-            sent.append(fitting)
+            messages_by_policy.append(fitting)
         key = json.dumps([[message.role, message.content] for message in prompt.messages])
         name = unique = prompt.id or digest("prompt", key)
         number = 1
@@ -206,7 +207,7 @@ def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -
             number += 1
             unique = f"{name}-{number}"
         used.add(unique)
-        return _Question(unique, prompt, key, tuple(sent))
+        return _Question(unique, prompt, key, tuple(messages_by_policy))
 
     return read_prompts(path, forbidden=variants[0].chat_format.forbidden, make=make, limit=request.limit)
 
@@ -221,17 +222,17 @@ class _Drawing:
     left_out: dict[int, str] = field(default_factory=dict)
     redrawn: Counter[str] = field(default_factory=Counter)
 
-    def ask(self, policy: int, variant: Variant, due: Mapping[tuple[float, int], list[int]]) -> None:
+    def ask(self, policy: int, variant: Variant, pending: Mapping[tuple[float, int], list[int]]) -> None:
         """Load a policy, draw all of its answers (by temperature and position), and unload it."""
-        if self.left_out.keys() >= {index for indices in due.values() for index in indices}:
+        if self.left_out.keys() >= {index for indices in pending.values() for index in indices}:
             return
         log.info("loading %s", variant.name)
         engine = open_engine(variant.load())
-        with progress(sum(map(len, due.values())), "sampled", "answers") as advance:
+        with progress(sum(map(len, pending.values())), "sampled", "answers") as advance:
             # Lowest temperature first, since the answer at temperature 0 cannot be resampled.
-            for temperature, place in sorted(due):
-                waiting = [index for index in due[temperature, place] if index not in self.left_out]
-                advance(len(due[temperature, place]) - len(waiting))
+            for temperature, place in sorted(pending):
+                waiting = [index for index in pending[temperature, place] if index not in self.left_out]
+                advance(len(pending[temperature, place]) - len(waiting))
                 self._draw(policy, variant.chat_format, engine, temperature, place, waiting, advance)
 
     def _draw(
@@ -245,7 +246,9 @@ class _Drawing:
         advance: Callable[[int], None],
     ) -> None:
         """Draw these answers and resample unusable ones; a prompt is dropped when its draws are used up."""
-        encoded = {index: chat_format.encode_prompt(self.questions[index].sent[policy]) for index in waiting}
+        encoded = {
+            index: chat_format.encode_prompt(self.questions[index].messages_by_policy[policy]) for index in waiting
+        }
         draws = DRAWS if temperature > 0 else 1
         for draw in range(draws):
             if not waiting:

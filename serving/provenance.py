@@ -101,12 +101,12 @@ def by_kind(read: Sequence[Source]) -> dict[str, list[Source]]:
 
 def _before(artifact: Artifact) -> Artifact | None:
     """The policy that this one was trained from, at its recorded path or in the run's current folder."""
-    said = artifact.manifest.inputs.get("policy")
-    if said is None:
+    policy_path = artifact.manifest.inputs.get("policy")
+    if policy_path is None:
         return None
     run = run_of(artifact)
-    parts = Path(said).parts
-    for place in (run.joinpath(*parts[-2:]), run.joinpath(*parts[-3:]), Path(said)):
+    parts = Path(policy_path).parts
+    for place in (run.joinpath(*parts[-2:]), run.joinpath(*parts[-3:]), Path(policy_path)):
         try:
             policy = read_artifact(place, "policy")
         except ArtifactError:
@@ -123,8 +123,8 @@ def _source(kind: str, entry: Mapping[str, Any], digest: str) -> Source:
     weight = f", weight {entry['weight']:g}" if entry.get("weight", 1.0) != 1.0 else ""
     # Do not publish local paths.
     name = Path(path).name if Path(path).is_absolute() else path
-    named, origins = hub_set(path), origins_of(Path(path), digest)
-    hub_names = [named.name] if named else [_ON_THE_HUB[name] for name, _ in origins or () if name in _ON_THE_HUB]
+    hub_data, origins = hub_set(path), origins_of(Path(path), digest)
+    hub_names = [hub_data.name] if hub_data else [_ON_THE_HUB[name] for name, _ in origins or () if name in _ON_THE_HUB]
     return Source(kind, f"`{name}`{limit}{weight}", tuple(hub_names), origins)
 
 
@@ -140,9 +140,9 @@ def origins_of(path: Path, digest: str) -> tuple[tuple[str, str], ...] | None:
 
 def _licences(text: str, stem: str) -> tuple[tuple[str, str], ...]:
     licences = {
-        match["name"]: said["licence"].strip()
+        match["name"]: licence["licence"].strip()
         for match in _ORIGIN.finditer(text)
-        if (said := _LICENCE.search(match["lines"])) is not None
+        if (licence := _LICENCE.search(match["lines"])) is not None
     }
     cut = next((match["origins"].split(", ") for match in _CUT.finditer(text) if match["stem"] == stem), [*licences])
     return tuple((name, licences[name]) for name in cut if name in licences)

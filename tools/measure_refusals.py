@@ -22,9 +22,9 @@ _LABELS: dict[str, Outcome] = {
 }
 
 
-def recall(answers: list[LabelledAnswer], named: Sequence[str]) -> Measure:
+def recall(answers: list[LabelledAnswer], outcomes: Sequence[str]) -> Measure:
     """Share of answers that the classifier labels correctly."""
-    is_right = [float(one.outcome == outcome) for one, outcome in zip(answers, named, strict=True)]
+    is_right = [float(one.outcome == outcome) for one, outcome in zip(answers, outcomes, strict=True)]
     low, high = proportion_interval(is_right, groups=[one.prompt for one in answers])
     return Measure(sum(is_right) / len(is_right), low, high, len(is_right))
 
@@ -35,12 +35,12 @@ def main(root: Path) -> None:
         LabelledAnswer(row["prompt"], answer, _LABELS[label])
         for row, answer, label in completions(root, half="evaluation")
     ]
-    named: list[Outcome] = [
+    outcomes: list[Outcome] = [
         outcome for one in answers for outcome in outcome_classifier().outcomes([one.text])
     ]  # one by one, since many refusals are identical
-    print("all", _rounded(recall(answers, named)))
+    print("all", _rounded(recall(answers, outcomes)))
     for label in OUTCOMES[:3]:
-        own = [(one, outcome) for one, outcome in zip(answers, named, strict=True) if one.outcome == label]
+        own = [(one, outcome) for one, outcome in zip(answers, outcomes, strict=True) if one.outcome == label]
         counts = {outcome: sum(predicted == outcome for _, predicted in own) for outcome in OUTCOMES}
         print(label, _rounded(recall([one for one, _ in own], [predicted for _, predicted in own])), counts)
         openings = [outcome_classifier().outcomes([" ".join(one.text.split()[:_WORDS])])[0] for one, _ in own]

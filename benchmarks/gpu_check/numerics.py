@@ -93,8 +93,8 @@ def unpacked(layer: Any) -> Tensor:
 
 def error_of(tensor: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference, relative to that of `expected`."""
-    wanted = expected.detach().float().cpu()
-    return float((tensor.detach().float().cpu() - wanted).norm() / wanted.norm())
+    reference = expected.detach().float().cpu()
+    return float((tensor.detach().float().cpu() - reference).norm() / reference.norm())
 
 
 # -- packed rows

@@ -49,9 +49,7 @@ class BenchmarkSet:
 
     title: str
     files: tuple[str, ...]
-    figures: (
-        Callable[[Sequence[Question], Sequence[Answer]], Figures] | None
-    )  # None: a judge compares the answers
+    figures: Callable[[Sequence[Question], Sequence[Answer]], Figures] | None  # None: a judge compares the answers
     asks: Literal["one turn", "two turns", "choices"] = "one turn"
     # Published results of other models: column -> figure -> share.
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

@@ -137,14 +137,14 @@ def headline(facts: Facts, figures: Path, control: str | None = None) -> Section
 def _glance(facts: Facts, evaluation: Evaluation, figures: Path) -> list[Block]:
     """One plot of the policies by the most informative metrics."""
     first = evaluation.reference
-    wanted = (
+    metrics = (
         (f"judge's score, less {first}'s", "difference/judge", 1, 0.0),
         (f"ranks above {first}'s, % of pairs", "superiority", 100, 0.5),
         ("harmful prompts refused, %", "harmful/refused", 100, None),
         ("harmless prompts answered, %", "harmless/complied", 100, None),
     )
     panels, words = {}, []
-    for title, key, scale, middle in wanted:
+    for title, key, scale, middle in metrics:
         by_policy = {name: one for name in evaluation.policies if (one := evaluation.measure(name, key)) is not None}
         if by_policy:
             panels[title] = (by_policy, scale, middle)

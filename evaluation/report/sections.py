@@ -463,11 +463,11 @@ def _of_evaluation(facts: Facts, count: int) -> list[Sample]:
         prompt = [(str(one.get("role", "user")), str(one.get("content", ""))) for one in sampled.prompt]
         answered = [policy for policy in facts.evaluation.policies if policy in sampled.answers]
         preferring = _preferring({policy: sampled.answers[policy] for policy in answered})
-        said = [
+        answers = [
             Answer(policy, sampled.answers[policy].text, _known(sampled.answers[policy], preferring.get(policy, [])))
             for policy in answered
         ]
-        by_kind.setdefault(sampled.kind, []).append(Sample(_title(sampled.kind, prompt), prompt, said))
+        by_kind.setdefault(sampled.kind, []).append(Sample(_title(sampled.kind, prompt), prompt, answers))
     chosen: list[Sample] = []
     depth = max((len(samples) for samples in by_kind.values()), default=0)
     for place in range(depth):
@@ -481,8 +481,8 @@ def _of_step(step: RunStep, count: int) -> list[Sample]:
     samples = []
     for one in [one for one in rows if one[STEP] == last][:count]:
         prompt = [("", str(one["prompt"]))]
-        said = Answer(step.name, str(one["answer"]), _length(one.get("tokens"), one.get("finished")))
-        samples.append(Sample(_title("", prompt), prompt, [said]))
+        answer = Answer(step.name, str(one["answer"]), _length(one.get("tokens"), one.get("finished")))
+        samples.append(Sample(_title("", prompt), prompt, [answer]))
     return samples
 
 

@@ -159,7 +159,7 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
             "resume",
             f"from step {checkpoint.step}" if checkpoint else "started, and stopped before its first checkpoint",
         )
-    return "new", "changed since the parent run" if kept is not None else f"nothing in {folder.path} yet"
+    return "new", "changed since the parent run" if parent is not None else f"nothing in {folder.path} yet"
 
 
 def _stale(work: Work, manifest: Manifest) -> str:

@@ -70,9 +70,9 @@ def self_dialogue(root: Path) -> list[Dialog]:
             continue
         turns = [turn for turn in row["turns"] if turn.strip()]
         dialog = _opening(turns, max_turn=300) if turns else []
-        said = [words(turn["content"]) for turn in dialog]
-        is_spelled = all(word in spelled or word[0].isupper() for turn in said for word in turn)
-        count = [len(turn) for turn in said]
+        words_by_turn = [words(turn["content"]) for turn in dialog]
+        is_spelled = all(word in spelled or word[0].isupper() for turn in words_by_turn for word in turn)
+        count = [len(turn) for turn in words_by_turn]
         if dialog and is_spelled and min(count[::2]) >= 3 and sum(count[1::2]) >= 5 * len(count[1::2]):
             dialogs.append(dialog)
     return distinct(dialogs, key=lambda dialog: dialog[0]["content"])

@@ -21,9 +21,9 @@ _NAME = re.compile(r"[A-Z][a-z]+(?: (?:[A-Z][a-z]*\.?|da|de|van|von|the|of)){0,3
 
 def _talk(root: Path) -> str:
     rows = read_rows(root / "topical-chat/conversations.jsonl.gz")
-    said = [turn[1] for row in rows for turn in row["turns"]]
-    said += [turn for row in read_rows(root / "self-dialogue/dialogues.jsonl.gz") for turn in row["turns"]]
-    return "\n".join(said)
+    turns = [turn[1] for row in rows for turn in row["turns"]]
+    turns += [turn for row in read_rows(root / "self-dialogue/dialogues.jsonl.gz") for turn in row["turns"]]
+    return "\n".join(turns)
 
 
 def _books(root: Path) -> str:
@@ -61,8 +61,8 @@ def _languages(root: Path, books: str) -> list[str]:
     names = {name for name in read_json(root / "language-list/en.json").values() if name.isascii() and name.isalpha()}
     verbs = "speak|speaks|speaking|spoke|spoken|learn|learned|learning|taught|from|into|in|and|or|write"
     used = Counter(re.findall(rf"\b(?:{verbs}) ([A-Z][a-z]+)\b(?! [A-Z])", books))
-    named = Counter(re.findall(r"\b([A-Z][a-z]+)(?:-speaking| language| tongue| grammar| dialect)", books))
-    return sorted(name for name in names if 3 * named[name] + used[name] >= 6 and name not in _NO_LANGUAGES)
+    mentioned = Counter(re.findall(r"\b([A-Z][a-z]+)(?:-speaking| language| tongue| grammar| dialect)", books))
+    return sorted(name for name in names if 3 * mentioned[name] + used[name] >= 6 and name not in _NO_LANGUAGES)
 
 
 def gatt(root: Path) -> dict[str, list[str]]:

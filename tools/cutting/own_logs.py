@@ -64,8 +64,8 @@ def own_chats(talks: Iterable[Dialog], questions: Iterable[Dialog]) -> Logs:
         turns = [turn for talk in history[place::_LONG_DIALOGS] for turn in _turns(talk[:-1])]
         logs.add("a customer's whole history in one dialog", _record(len(logs.lines), turns))
     for place in range(_LONG_ANSWERS):
-        said = "\n".join(text_of(talk) for talk in history[place::_LONG_ANSWERS])
-        turns = [{"from": "human", "value": "Please send me the transcript."}, {"from": "gpt", "value": said}]
+        transcript = "\n".join(text_of(talk) for talk in history[place::_LONG_ANSWERS])
+        turns = [{"from": "human", "value": "Please send me the transcript."}, {"from": "gpt", "value": transcript}]
         logs.add("an answer of several pages", _record(len(logs.lines), turns))
     return logs
 
@@ -73,12 +73,12 @@ def own_chats(talks: Iterable[Dialog], questions: Iterable[Dialog]) -> Logs:
 def own_pairs(pairs: Iterable[dict[str, Any]]) -> Logs:
     """Pairs as texts, without ratings: a prompt of one turn and two answers."""
     short = [pair for pair in pairs if len(pair["prompt"]) == 1 and _size(pair) <= LONGEST_PAIR]
-    taken: Counter[str] = Counter()
+    pairs_of_prompt: Counter[str] = Counter()
     logs = Logs()
     for place, pair in enumerate(chosen(short, len(short), key=json.dumps, salt="own pairs")):
         prompt = pair["prompt"][0]["content"]
-        taken[prompt] += 1
-        if taken[prompt] > PAIRS_OF_A_PROMPT:
+        pairs_of_prompt[prompt] += 1
+        if pairs_of_prompt[prompt] > PAIRS_OF_A_PROMPT:
             continue
         row = {"prompt": prompt, **{side: pair[side][0]["content"] for side in ("chosen", "rejected")}}
         if place % 40 == 7:

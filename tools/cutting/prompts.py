@@ -75,10 +75,10 @@ def _general(root: Path) -> list[Record]:
     for origin, (pool, count) in pools.items():
         fresh = [dialog for dialog in pool if turns_of(dialog)[0] not in used]
         ordered = chosen(fresh, len(fresh), key=text_of, salt="prompts")
-        taken = [_as_prompt(dialog) for dialog in ordered[:count]]
+        selected = [_as_prompt(dialog) for dialog in ordered[:count]]
         if origin == "self-dialogue":
             spoken = ordered[count:]
-        records += [{"prompt": dialog, "id": f"{origin}-{number:04d}"} for number, dialog in enumerate(taken)]
+        records += [{"prompt": dialog, "id": f"{origin}-{number:04d}"} for number, dialog in enumerate(selected)]
     under_constraint = [_as_prompt(dialog) for dialog in constraints.constrained_dialogs(spoken, 250)]
     return records + [
         {"prompt": dialog, "id": f"constraint-{number:04d}"} for number, dialog in enumerate(under_constraint)

@@ -54,15 +54,15 @@ def _context(text: str) -> list[dict[str, str]]:
     """Turns of a DICES context: the first speaker is the user; consecutive lines of one speaker are one turn."""
     parts = _SPEAKER.split(text.replace("\\n", "\n"))[1:]
     turns: list[dict[str, str]] = []
-    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+    for speaker, words in zip(parts[::2], parts[1::2], strict=True):
         role = "user" if speaker in ("USER", "A") else "assistant"
-        said = plain(said)
-        if not said or (not turns and role == "assistant"):
+        words = plain(words)
+        if not words or (not turns and role == "assistant"):
             continue
         if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += f"\n{said}"
+            turns[-1]["content"] += f"\n{words}"
         else:
-            turns.append({"role": role, "content": said})
+            turns.append({"role": role, "content": words})
     return turns
 
 
@@ -78,10 +78,10 @@ def _rbr(root: Path) -> Iterator[Record]:
     """Unsafe: contains disallowed content. Safe: does not, and neither threatens, insults nor complies wrongly."""
     for part in ("train", "test"):
         for row in read_rows(root / f"openai-safety-rbr-gold/{part}.jsonl.gz"):
-            said = row["propositions"]
-            is_unsafe = said["disallowed_content"] or said["prescribes_dosage"]
-            complies = said["fully_complies"] or said["partially_complies"]
-            is_doubtful = said["threatening_language"] or said["insulting_language"]
+            propositions = row["propositions"]
+            is_unsafe = propositions["disallowed_content"] or propositions["prescribes_dosage"]
+            complies = propositions["fully_complies"] or propositions["partially_complies"]
+            is_doubtful = propositions["threatening_language"] or propositions["insulting_language"]
             is_doubtful |= complies and row["response_type"] != "Comply"
             if is_unsafe or not is_doubtful:
                 prompt = [{"role": turn["role"], "content": plain(turn["content"])} for turn in row["prompt"]]

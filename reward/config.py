@@ -37,8 +37,7 @@ ContrastKind = Literal["refusal", "swapped", "degenerate"]
 
 
 class Contrast(Section):
-    """Pairs that every reward model learns beside its preferences: an answer of data.sft over one that is never
-    better. Ours."""
+    """Contrast pairs for every reward model: an answer of data.sft preferred to one that is never better. Ours."""
 
     share: float = Field(
         default=0.25,

@@ -89,7 +89,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
             start,
             inputs,
             dropped=examples.dropped,
-            safety_labels=learnt_labels(config, inputs, examples),
+            safety_labels=num_safety_labels(config, inputs, examples),
             notes=session.notes(best) | {"probe": {"is_fit": probed.is_fit, "verdict": probed.verdict}},
         )
 
@@ -169,7 +169,7 @@ def score_tests(model: nn.Module, examples: Examples) -> tuple[list[ScoredPair],
     return pairs, list(responses.values())
 
 
-def learnt_labels(config: Config, inputs: StepInputs, examples: Examples) -> int:
+def num_safety_labels(config: Config, inputs: StepInputs, examples: Examples) -> int:
     """Number of safety labels trained on per epoch, of single answers and of pairs, with repetitions."""
     if inputs.which != "safety" or config.safety_auxiliary_weight == 0:
         return 0

@@ -52,12 +52,12 @@ class Layout:
     def run(self, dialogs: Sequence[TokenizedExample]) -> None:
         """Run one step, timed from the first forward pass to the last gradient."""
         model = self.model
-        batches, learnt = self.batches_of(dialogs), sum(sum(dialog.loss_mask[1:]) for dialog in dialogs)
+        batches, loss_tokens = self.batches_of(dialogs), sum(sum(dialog.loss_mask[1:]) for dialog in dialogs)
         total = torch.zeros((), device=model.device, dtype=torch.float64)
         started = time.perf_counter()
         for batch in batches:
             losses = answer_token_losses(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
-            (losses.sum() / learnt).backward()
+            (losses.sum() / loss_tokens).backward()
             total += losses.detach().sum(dtype=torch.float64)
         self.nats += float(total)  # synchronises the device
         self.tokens_per_s.append(num_tokens(dialogs) / (time.perf_counter() - started))

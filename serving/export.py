@@ -70,7 +70,7 @@ class ExportError(LlamachatError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to write where."""
+    """An export: what to write, and where."""
 
     artifact: Artifact
     out: Path
@@ -417,7 +417,7 @@ def compare(model: Any, tokenizer: "PreTrainedTokenizerBase", answers: Sequence[
 def _answer_ids(policy: Policy, messages: Sequence[Message], answer: str) -> tuple[int, ...]:
     dialog = [*messages, Message("assistant", answer)]
     example = policy.chat_format.encode_dialog(dialog, train_on=TrainOn.LAST_ANSWER)
-    return tuple(token for token, is_learnt in zip(example.input_ids, example.loss_mask, strict=True) if is_learnt)
+    return tuple(token for token, is_in_loss in zip(example.input_ids, example.loss_mask, strict=True) if is_in_loss)
 
 
 @torch.no_grad()

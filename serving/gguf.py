@@ -60,7 +60,7 @@ MOST_DIFFERENCE = 0.6  # relative to a tensor's RMS: two bits give 0.3, differen
 
 @dataclass(frozen=True, slots=True)
 class GgufRequest:
-    """What to write where."""
+    """An export: what to write, and where."""
 
     folder: Request  # for the merged folder read by the converter, and the output path
     llama_cpp: Path

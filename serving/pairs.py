@@ -70,7 +70,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """How pairs are drawn."""
+    """How pairs are sampled."""
 
     temperatures: tuple[float, ...]
     top_p: float

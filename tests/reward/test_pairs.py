@@ -155,7 +155,7 @@ def test_a_mix_that_lacks_others_is_reported_with_counts(
 ):
     examples = load(tiny_format, data_of(tmp_path, helpfulness=toy_pairs(20)))
     assert set(domains(examples.train)) == {"helpfulness"}
-    assert f"asks for {len(examples.train)} pairs of data.safety and data.open, but there are 0" in caplog.text
+    assert f"needs {len(examples.train)} pairs of data.safety and data.open, but there are 0" in caplog.text
 
 
 @pytest.mark.parametrize("which", ["helpfulness", "safety", "judge"])

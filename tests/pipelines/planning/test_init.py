@@ -233,7 +233,7 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
         "no model": ([], {"base": "empty"}, "--base: the folder 'empty' has no config.json"),
         "no base": ([], {"base": "bas"}, "--base: the model folder 'bas' does not exist. Did you mean 'base'?"),
         "no recipe's name": (["--out", "recipe.txt"], {}, "--out: 'recipe.txt' is not a .yaml file."),
-        "a folder": (["--out", "folder.yaml"], {}, "--out: 'folder.yaml' is a folder."),
+        "a folder": (["--out", "folder.yaml"], {}, "--out: 'folder.yaml' is a folder"),
         "under a file": (["--out", "dialogs.jsonl/recipe.yaml"], {}, "'dialogs.jsonl/recipe.yaml' cannot be"),
     }
 

@@ -209,7 +209,7 @@ def _checked(path: str, option: str, kind: Kind, columns: Mapping[str, str]) -> 
     if checked.num_records and checked.kind != kind and kind != "prompt":
         other = next(name for name, (option_kind, _) in OPTIONS.items() if option_kind == checked.kind)
         raise UsageError(
-            f"{option}: '{path}' holds {plural(checked.num_records, checked.kind)}, but {kind}s are needed here. Pass it"
+            f"{option}: '{path}' holds {plural(checked.num_records, checked.kind or 'record')}, but {kind}s are needed here. Pass it"
             f" with {other}, or pass a file of {kind}s."
         )
     if checked.problems or not checked.num_records:

@@ -263,7 +263,7 @@ def test_tokens_refuses_files_it_cannot_read_or_write(tmp_path: Path, tokenizer_
     source = _write(tmp_path / "dialogs.jsonl", {"messages": as_dicts(TWO_PAIRS)})
     with pytest.raises(DataError, match=r"missing.jsonl: file: does not exist"):
         write_tokens(tokenizer_dir, tmp_path / "missing.jsonl", tmp_path / "ids.jsonl")
-    with pytest.raises(UsageError, match=r"ids.jsonl' cannot be written \(No such file.*Make the folder"):
+    with pytest.raises(UsageError, match=r"ids.jsonl' cannot be written \(No such file.*the folder"):
         write_tokens(tokenizer_dir, source, tmp_path / "nowhere" / "ids.jsonl")
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(source.read_bytes())[:-12])

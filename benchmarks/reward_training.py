@@ -96,7 +96,7 @@ def ours(base: Base, scratch: Path) -> Contender:
     start = build_reward_model(base, Tuning(), policy=None, seed=0, device="auto")
     by_sequence = start.device.type == "cpu"
     if by_sequence:
-        use_sequence_attention(start.model)
+        use_sequence_attention(start.model, trains_together=True)
     row_tokens = CPU_ROW_TOKENS if start.device.type == "cpu" else 2 * MAX_TOKENS
     tokenizer = fast_tokenizer(start.chat_format, scratch)
 

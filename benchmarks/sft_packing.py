@@ -124,7 +124,7 @@ def main() -> None:
     base = Base(model=str(BASE), dtype=options.dtype, max_tokens=MAX_TOKENS)
     model, packing = (load_base(base, device="auto").train() for _ in range(2))
     if packing.device.type == "cpu":  # as in training
-        use_sequence_attention(packing)
+        use_sequence_attention(packing, trains_together=True)
     steps = load_steps(MOST_STEPS, seed=0)
     layouts = [
         Layout(BASELINE, model, lambda dialogs: padded(dialogs, 8)),

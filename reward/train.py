@@ -51,7 +51,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     start = build_reward_model(inputs.base, inputs.tuning, policy=inputs.policy, seed=inputs.run.seed, device="auto")
     by_sequence = start.device.type == "cpu"
     if by_sequence:
-        use_sequence_attention(start.model)
+        use_sequence_attention(start.model, trains_together=True)
     examples = load_examples(
         config,
         inputs.data,

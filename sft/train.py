@@ -41,7 +41,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     resumed = resume(inputs, "sft", config)
     start = load_start(inputs)
     if start.device.type == "cpu":
-        use_sequence_attention(start.model)
+        use_sequence_attention(start.model, trains_together=True)
     examples = load_dialogs(config, inputs, start.chat_format)
     plan = plan_training(config, inputs, examples, device=start.device)
     log.info(

@@ -16,11 +16,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from llamachat.memory.estimates import QUERY_BLOCK
 
-NAME = "per_sequence"
+NAME, TOGETHER = "per_sequence", "per_sequence_together"
 
 
-def use_sequence_attention(model: nn.Module) -> None:
+def use_sequence_attention(model: nn.Module, *, trains_together: bool = False) -> None:
     """Switch the model to this attention, for packed rows ([1, T]) and right-padded rows.
+
+    With `trains_together` small sequences share their kernels in training mode, which is faster. The order of sums then
+    depends on a sequence's neighbours; in evaluation mode it never does.
 
     In a packed row, position 0 starts a sequence. Positions that jump back to p > 0 start a branch, which sees the
     sequence's first p positions and itself.
@@ -29,18 +32,19 @@ def use_sequence_attention(model: nn.Module) -> None:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    for name in (NAME, TOGETHER):
+        AttentionInterface.register(name, _attention)
+        AttentionMaskInterface.register(name, _mask)
     llama: Any = model  # nn.Module's __getattr__ hides PEFT's wrapper and transformers' models
     trunk = llama.get_base_model() if hasattr(llama, "get_base_model") else llama
-    trunk.set_attn_implementation(NAME)
+    trunk.set_attn_implementation(TOGETHER if trains_together else NAME)
 
 
 def attends_by_sequence(model: nn.Module) -> bool:
     """Whether `use_sequence_attention` was called on the model or its shared trunk."""
     llama: Any = model
     root = llama.get_base_model() if hasattr(llama, "get_base_model") else llama
-    return getattr(root, "model", root).config._attn_implementation == NAME
+    return getattr(root, "model", root).config._attn_implementation in (NAME, TOGETHER)
 
 
 def _mask(*arguments: Any, attention_mask: Tensor | None = None, **named: Any) -> Tensor | None:
@@ -71,7 +75,8 @@ def _attention(
             attention_mask = _mask_of(query, key, position_ids)
         result, _ = eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **named)
         return result, None
-    pieces = _pieces(position_ids, query)
+    layer: Any = module
+    pieces = _pieces(position_ids, query, is_joined=module.training and layer.config._attn_implementation == TOGETHER)
     rows = (_one_row(*row, pieces, scaling) for row in zip(query, key, value, strict=True))
     return torch.stack(list(rows)), None
 
@@ -83,7 +88,7 @@ def _mask_of(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor:
     if num_keys > num_queries:
         return lowest.triu(1 + num_keys - num_queries)
     future = lowest.triu(1)
-    for piece in _pieces(position_ids, query):
+    for piece in _pieces(position_ids, query, is_joined=False):
         for keys in piece.keys:
             lowest[piece.start : piece.end, keys] = future[piece.start : piece.end, keys]
     return lowest
@@ -122,22 +127,25 @@ class _Part:
     shared: int
 
 
-_PIECES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by position ids, which all layers of a pass share
+# By position ids, which all layers of a pass share; then by dtype, and whether small sequences are joined.
+_PIECES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _pieces(position_ids: Tensor | None, query_BHTD: Tensor) -> list[_Piece]:
+def _pieces(position_ids: Tensor | None, query_BHTD: Tensor, *, is_joined: bool) -> list[_Piece]:
     """The sequences and branches of one packed row; several rows have one sequence each."""
+    dtype = query_BHTD.dtype
     if position_ids is None or len(query_BHTD) > 1:
-        return _cut(torch.arange(query_BHTD.shape[2], device=query_BHTD.device), query_BHTD.dtype)
-    if position_ids not in _PIECES:
-        _PIECES[position_ids] = _cut(position_ids[0], query_BHTD.dtype)
-    return _PIECES[position_ids]
+        return _cut(torch.arange(query_BHTD.shape[2], device=query_BHTD.device), dtype, is_joined=False)
+    known = _PIECES.setdefault(position_ids, {})
+    if (dtype, is_joined) not in known:
+        known[dtype, is_joined] = _cut(position_ids[0], dtype, is_joined=is_joined)
+    return known[dtype, is_joined]
 
 
-def _cut(positions_T: Tensor, dtype: torch.dtype) -> list[_Piece]:
-    """Split a row into pieces. Small sequences share one of up to `QUERY_BLOCK` positions: each costs a dozen kernels.
+def _cut(positions_T: Tensor, dtype: torch.dtype, *, is_joined: bool) -> list[_Piece]:
+    """Split a row into pieces: one for each branch and block of queries.
 
-    Larger sequences are split into a piece for each branch and block of queries.
+    Joined, small sequences share a piece of up to `QUERY_BLOCK` positions, since each piece costs a dozen kernels.
     """
     total = len(positions_T)
     starts = [0, *((positions_T[1:] != positions_T[:-1] + 1).nonzero().flatten() + 1).tolist()]
@@ -154,7 +162,7 @@ def _cut(positions_T: Tensor, dtype: torch.dtype) -> list[_Piece]:
         if together and (not tree or tree[-1].end - together[0].start > QUERY_BLOCK):
             pieces.append(_block(together, future_TT))
             together = []
-        if tree and tree[-1].end - tree[0].start > QUERY_BLOCK:
+        if tree and (not is_joined or tree[-1].end - tree[0].start > QUERY_BLOCK):
             pieces += [piece for part in tree for piece in _blocks_of_queries(part, future_TT)]
         else:
             together += tree

@@ -342,7 +342,7 @@ def test_it_reads_both_kinds_of_pairs_and_counts_what_it_leaves_out(base: Path, 
 def test_without_pairs_that_fit_the_error_says_so(base: Path, tmp_path: Path):
     long = [preference(f"What is {n:o}? " * 40, "Paris.", "the cat") for n in range(12)]
     inputs = dpo_inputs(tmp_path, base, data=data_of(tmp_path, helpfulness=long))
-    named = r"data\.helpfulness and data\.safety: 0 pairs .*left out: .*longer than 96 tokens.*raise base\.max_tokens"
+    named = r"data\.helpfulness and data\.safety: 0 training pairs .*left out: .*longer than 96 tokens.*raise base\.max_tokens"
     with pytest.raises(DataError, match=named):
         dpo.run(SHORT, inputs)
 

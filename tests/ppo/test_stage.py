@@ -94,7 +94,7 @@ def test_the_gate_over_a_model_without_safety_labels_is_refused_with_the_reason(
     [
         ({"top_p": 0.9}, r"rollout\.top_p: 0\.9, but PPO needs 1\."),
         ({"top_k": 50}, r"rollout\.top_k: 50, but PPO needs null\."),
-        ({"temperature": 0.0}, r"rollout\.temperature: 0, but PPO trains on answers that are drawn"),
+        ({"temperature": 0.0}, r"rollout\.temperature: 0, but PPO trains on sampled answers"),
         ({"max_new_tokens": 96}, r"rollout\.max_new_tokens: 96, but base\.max_tokens is 96"),
     ],
 )
@@ -178,7 +178,7 @@ def test_a_server_on_the_same_card_sleeps_while_it_trains_and_a_wrong_token_of_i
         return answer
 
     fake.change = change
-    with pytest.raises(RolloutError, match=r"a log-probability that is 9 nats from the policy's, and at most 8 are"):
+    with pytest.raises(RolloutError, match=r"differs by 9 nats from the policy's, but at most 8 are"):
         ppo.run(config, inputs_of(tmp_path, base, run="two", rollout=rollout, scoring=scoring))
     fake.close()
 

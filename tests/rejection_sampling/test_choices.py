@@ -174,7 +174,7 @@ def test_from_the_base_data_sft_is_learnt_beside_the_winners(
         weights[start] = load_file(artifact.path / "model.safetensors")["model.embed_tokens.weight"]
         winners = artifact.manifest.inputs["dialogs"]
         learnt = len(read_lines(Path(winners) / "dialogs.jsonl"))
-        mixed = f"{learnt} dialogs to train on" not in caplog.text
+        mixed = f"{learnt} training dialogs" not in caplog.text
         assert mixed is (start == "base")
     origins = {
         "base": load_file(Path(world.base.model) / "model.safetensors"),
@@ -210,7 +210,7 @@ def test_adapters_are_tuned_on_the_winners(tuning: Tuning, world: World, base: P
 @pytest.mark.parametrize(
     ("roles", "scoring", "words"),
     [
-        ((), "single", r"needs a helpfulness reward model, and there is none .*`make rm`"),
+        ((), "single", r"needs a helpfulness reward model, but there is none .*`make rm`"),
         (("helpfulness", "safety"), "llama2_gate", r"saw no safety labels\. .*weighted or single"),
     ],
 )
@@ -229,7 +229,7 @@ def test_reward_models_that_cannot_decide_are_refused_before_anything_is_sampled
 def test_several_samples_at_temperature_0_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"rollout\.temperature: 0, but rejection_sampling\.samples_per_prompt is 6\. .*nothing to choose\. Set it",
+        match=r"rollout\.temperature: 0, but rejection_sampling\.samples_per_prompt is 6\. .*nothing to choose from\. Set it",
     ):
         sampled(tmp_path, base, rollout={"temperature": 0.0})
 

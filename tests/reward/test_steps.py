@@ -96,7 +96,7 @@ def test_a_step_takes_each_kind_that_it_reads_from_the_nearest_step_that_made_it
     first = recipe.steps[0]
     last = Step("last", reader, reader.products[0], first.config, first.tuning, first.rollout, first.scoring)
     recipe = replace(recipe, steps=(*recipe.steps, last))
-    with pytest.raises(ArtifactError, match=r"'last' reads a policy, and none .* \(sft, sft-2\)\. Run `make sft`"):
+    with pytest.raises(ArtifactError, match=r"'last' reads a policy, and no .* \(sft, sft-2\)\. Run `make sft`"):
         take_inputs(recipe, last)
     run_command(recipe, "sft")
     with pytest.raises(ArtifactError, match=r"'last' reads a safety reward model, .* \(rm/safety, rm-2/.*`make rm`"):

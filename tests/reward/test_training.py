@@ -155,25 +155,32 @@ def labelled(folder: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_attention_a_sequence_at_a_time_is_eager_attention(dtype: str, base: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("dtype", "trains_together"), [("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)]
+)
+def test_attention_by_sequence_is_eager_attention(dtype: str, trains_together: bool, base: Path, tmp_path: Path):
     inputs = reward_inputs(tmp_path, base, dtype=dtype, attention="eager")
     with open_session(Config(pairs_per_step=12, row_tokens=300), inputs) as (session, ranking):
         move_head(ranking.model)
         trainer = session.trainer(ranking, tmp_path / "scratch")
         loss, expected = step_gradients(ranking, trainer, 0)
-        use_sequence_attention(ranking.model)
+        use_sequence_attention(ranking.model.train(), trains_together=trains_together)
         again, got = step_gradients(ranking, trainer, 0)
         branching = replace(ranking, batches=replace(ranking.batches, branches=True))
         shared, gradient = step_gradients(branching, trainer, 0)
         assert sum(p.shared for p in ranking.examples.train) > len(ranking.examples.train)
+        for layer in ranking.model.model.layers:
+            layer.self_attn.attention_dropout = 1e-9  # eager attention with a mask made of the pieces
+        masked, _ = step_gradients(branching, trainer, 0)
         padded = torch.tensor([[1, 5, 6, 0], [1, 7, 8, 9]])
         mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
         model: Any = ranking.model.eval()
         ours = model(input_ids=padded, attention_mask=mask).logits
         model.set_attn_implementation("eager")
         theirs = model(input_ids=padded, attention_mask=mask).logits
-    assert again == pytest.approx(loss, abs=1e-6 if dtype == "float32" else 0)  # forward: the same numbers
+    tolerance = {"float32": 1e-6, "bfloat16": 1e-2 if trains_together else 0}[dtype]
+    assert again == pytest.approx(loss, abs=tolerance)  # one by one in bf16: the same numbers
+    assert masked == pytest.approx(loss, abs=1e-6 if dtype == "float32" else 1e-2)
     assert relative_gap(got, expected) < (1e-5 if dtype == "float32" else 2e-2)
     # A prompt that both answers share is computed once, in products of other shapes.
     assert shared == pytest.approx(loss, abs=1e-6 if dtype == "float32" else 1e-2)
@@ -181,9 +188,9 @@ def test_attention_a_sequence_at_a_time_is_eager_attention(dtype: str, base: Pat
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize(("branches", "trains_together"), [(False, False), (True, False), (True, True)])
 def test_comparisons_in_one_dialog_stay_together_and_weigh_what_they_do_alone(
-    branches: bool, base: Path, tmp_path: Path
+    branches: bool, trains_together: bool, base: Path, tmp_path: Path
 ):
     """Loss and gradients against every comparison in a row of its own, computed whole."""
     inputs = reward_inputs(tmp_path, base, attention="eager")
@@ -206,7 +213,7 @@ def test_comparisons_in_one_dialog_stay_together_and_weigh_what_they_do_alone(
                 ]
             )
         ]
-        use_sequence_attention(ranking.model)
+        use_sequence_attention(ranking.model.train(), trains_together=trains_together)
         options: Any = {"epochs": 1, "seed": 0, "has_pair_labels": False, "branches": branches}
         batches = plan_batches(several, [], pairs_per_step=8, row_tokens=1000, **options)
         loss, got = step_gradients(replace(ranking, batches=batches), trainer, 0)

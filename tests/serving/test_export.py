@@ -38,7 +38,7 @@ def test_plain_transformers_says_with_the_merged_model_what_chat_says(
 ):
     artifact, out = lora_policy(tmp_path, tiny_format, dtype=dtype), tmp_path / "out"
     assert main(["export", str(artifact.path), "--out", str(out)]) == 0
-    assert "largest difference of a token's log-probability 0.0" in capsys.readouterr().out
+    assert "largest difference in a token's log-probability 0.0" in capsys.readouterr().out
     model, tokenizer = plain(out, dtype="auto"), AutoTokenizer.from_pretrained(out)
     assert model.dtype == dtype
     policy = load_policy(artifact.path)

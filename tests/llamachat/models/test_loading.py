@@ -220,7 +220,7 @@ def test_a_base_that_cannot_be_loaded_is_refused(tmp_path: Path, base_folder: Pa
     GPT2Config().save_pretrained(tmp_path / "gpt2")
     good = base_section(base_folder)
     for base, words in (
-        (base_section(tmp_path / "absent"), r"there is no folder '.*absent'"),
+        (base_section(tmp_path / "absent"), r"no folder '.*absent'"),
         (base_section(tmp_path), r"no readable config\.json.*hf auth login"),
         (base_section(tmp_path / "gpt2"), r"architecture 'gpt2'.*Bases that work: Llama-2 7B"),
         (base_section(base_folder, attention="flash_attention_2"), "flash_attention_2"),
@@ -251,7 +251,7 @@ def test_a_name_is_a_folder_before_it_is_a_hub_name(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert find_model("owner/name", where="base.model") == "owner/name"
     (tmp_path / "owner").mkdir()
-    with pytest.raises(ConfigError, match="there is no folder 'owner/name'"):
+    with pytest.raises(ConfigError, match="no folder 'owner/name'"):
         find_model("owner/name", where="base.model")
     (tmp_path / "owner" / "name").mkdir()
     assert find_model("owner/name", where="base.model") == "owner/name"

@@ -69,7 +69,7 @@ def test_parts_are_halved_until_they_fit():
 
     assert halving(16, train=train, halve=half, step="sft", section="sft", unit="dialog") == 2
     assert tried == [16, 8, 4, 2]
-    with pytest.raises(DeviceMemoryError, match=r"sft: .* one dialog at a time \(full\).* sft\.gradient_checkpointing"):
+    with pytest.raises(DeviceMemoryError, match=r"sft: .* a single dialog \(full\).* sft\.gradient_checkpointing"):
         halving(16, train=train, halve=lambda _: None, step="sft", section="sft", unit="dialog")
 
 
@@ -152,7 +152,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(
     trainer = AnswerTrainer if train is tune else PackedRewardTrainer
     refused = make_small(monkeypatch, trainer, tokens=fits, from_step=from_step, done=done)
     small = train(tmp_path / "small", base, tuning, **layout)
-    warnings = [record.getMessage() for record in caplog.records if "memory is too small" in record.getMessage()]
+    warnings = [record.getMessage() for record in caplog.records if "too little memory" in record.getMessage()]
     assert len(warnings) == len(refused) >= 1, "each halving is logged once"
     assert named in warnings[0]
     assert [step for step, _ in losses(small)] == list(range(1, len(losses(large)) + 1))

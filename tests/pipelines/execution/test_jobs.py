@@ -238,7 +238,7 @@ def test_a_failure_stops_nothing_but_what_reads_it_and_is_reported_at_the_end_wi
 def test_a_process_that_the_system_ends_is_a_failure_with_a_hint(recipe: Recipe) -> None:
     order(recipe, "rm/safety", signal=int(signal.SIGKILL))
     run_groups(recipe, one_by_one(recipe.steps[:2]))
-    with pytest.raises(StepsFailedError, match=r"rm/safety was ended by SIGKILL\. .*run\.jobs=1") as failed:
+    with pytest.raises(StepsFailedError, match=r"rm/safety was killed by SIGKILL\. .*run\.jobs=1") as failed:
         run_groups(recipe, side_by_side(recipe))
     assert failed.value.exit_status == 1
     assert recipe.folder(recipe.step("rm/judge")).artifact.is_dir()

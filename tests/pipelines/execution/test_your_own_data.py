@@ -168,7 +168,7 @@ def check_training(shell: Shell) -> None:
     split = load("my/rehearsal.yaml").data.split
     for command, path, noun in (("sft", "my/dialogs.jsonl", "dialogs"), ("rm", "my/pairs.jsonl", "pairs")):
         said = shell.said(f"{command} ")
-        learnt = number(rf"^(\d+) {noun} (?:and .*)?to train on", said)
+        learnt = number(rf"^(\d+) training {noun}", said)
         held_out = number(rf"(\d+) (?:{noun} )?held out", said)
         if command == "rm":  # contrast pairs are made of the dialogs
             learnt -= number(r"held out, (\d+) and \d+ of them contrast", said)

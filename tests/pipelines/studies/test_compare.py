@@ -244,7 +244,7 @@ def test_what_is_no_run_is_refused_in_words(tmp_path: Path) -> None:
     for run, expected in (
         (tmp_path / "none", r"none: no such folder\. .* Correct the path\."),
         (tmp_path / "empty", r"empty: no steps here\. .* Name the folder of a run"),
-        (other / "sft", r"sft: is the folder of a step, not of a run\. .* such as .*y/seed-0\."),
+        (other / "sft", r"sft: this is the folder of a step, not of a run\. .* such as .*y/seed-0\."),
         (
             tmp_path / "y",
             r"y: this is not a run folder, since 'seed-0/ppo' contains the step 'ppo'\. .*such as .*y/seed-0\.",

@@ -193,7 +193,7 @@ def test_what_a_variant_changes_before_the_command_runs_once_for_all_that_make_i
         r"  own: rm/helpfulness, rm/safety, rm/judge \(about .*\) per seed, with", plan
     )
     assert re.search(r"  fast: once sft \(about .*\), then rm/helpfulness, .* \(about .*\) per seed, with", plan)
-    assert re.search(r"  fast-large: rm/helpfulness, .* a seed, from steps of fast, with", plan)
+    assert re.search(r"  fast-large: rm/helpfulness, .* per seed, from steps of fast, with", plan)
     with stopped(monkeypatch, sft, lambda config, _: config.learning_rate == 0.5):
         run_study(load_study(path))
     run_study(load_study(path))

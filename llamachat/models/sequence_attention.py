@@ -136,7 +136,9 @@ def _pieces(position_ids: Tensor | None, query_BHTD: Tensor, *, is_joined: bool)
     dtype = query_BHTD.dtype
     if position_ids is None or len(query_BHTD) > 1:
         return _cut(torch.arange(query_BHTD.shape[2], device=query_BHTD.device), dtype, is_joined=False)
-    known = _PIECES.setdefault(position_ids, {})
+    if position_ids not in _PIECES:
+        _PIECES[position_ids] = {}
+    known: dict[tuple[torch.dtype, bool], list[_Piece]] = _PIECES[position_ids]
     if (dtype, is_joined) not in known:
         known[dtype, is_joined] = _cut(position_ids[0], dtype, is_joined=is_joined)
     return known[dtype, is_joined]

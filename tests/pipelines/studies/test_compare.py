@@ -250,7 +250,10 @@ def test_what_is_no_run_is_refused_in_words(tmp_path: Path) -> None:
             r"y: this is not a run folder, since 'seed-0/ppo' contains the step 'ppo'\. .*such as .*y/seed-0\.",
         ),
         (one, r"is the same run as .*x/seed-0\. .* run\.parent="),
-        (tmp_path / "gatt", r"have no step in common: sft, rm/safety in the first, gatt in the second\. .* Run the same step in both"),
+        (
+            tmp_path / "gatt",
+            r"have no step in common: sft, rm/safety in the first, gatt in the second\. .* Run the same step in both",
+        ),
     ):
         with pytest.raises(UsageError, match=expected):
             compare_runs(one, run)

@@ -10,6 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +19,11 @@ from llamachat.config.gpus import Gpu
 from llamachat.config.sections import hub_set, split_revision
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import BYTES, KNOWN_BASES, shape_of
-from llamachat.models.files import check_model_folder
+from llamachat.models.files import check_model_folder, nonfinite_tensors, weight_files
 from llamachat.models.hub import is_cached, reach_data, reach_model, tokenizer_folder
 from llamachat.runs.artifacts import is_published
 from llamachat.runs.hub_commits import commit_of
+from llamachat.runs.user_cache import cached
 from llamachat.tables import plural
 from pipelines.planning.estimates import card, estimate_step, measure_data
 from pipelines.planning.fit import fits, way_to_fit
@@ -252,6 +254,7 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
     else:
         known = "known to work" if split_revision(name)[0] in KNOWN_BASES else "a Llama model"
         yield Finding("base", "ok", f"'{name}' is {known}")
+        yield from _weights(folder, name)
         if not is_local and split_revision(name)[1] is None and (commit := commit_of(name)):
             problem = f"'{name}' is read at the hub's newest commit, now {commit}"
             yield Finding("base", "note", problem, f"Set base.model: {name}@{commit} to pin it.")
@@ -264,6 +267,27 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
         return
     proved = f"its token ids are those of the chat format '{recipe.base.chat_format}'"
     yield Finding("tokenizer", "note" if warning else "ok", warning or proved)
+
+
+def _weights(folder: Path, name: str) -> Iterator[Finding]:
+    """Whether all local weights are finite; a file is read again only after it has changed."""
+    faults: list[str] = []
+    for file in weight_files(folder):
+        if file.is_file():
+            state = file.resolve().stat()
+            stamp = {
+                "path": str(file.resolve()),
+                "size": state.st_size,
+                "changed": state.st_mtime_ns,
+                "inode": state.st_ino,
+            }
+            faults += cached("nonfinite", stamp, partial(nonfinite_tensors, file))
+    if faults:
+        more = f" and {len(faults) - 3} more tensors" if len(faults) > 3 else ""
+        problem = f"'{name}' contains NaN or infinite weights: {', '.join(faults[:3])}{more}"
+        yield Finding("weights", "FAIL", problem, "Download the model again, or use another base.")
+    else:
+        yield Finding("weights", "ok", "all local weights are finite")
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

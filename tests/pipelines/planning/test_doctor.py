@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,11 +19,13 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from safetensors.torch import load_file, save_file
 
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.config.sections import Tuning
 from llamachat.errors import ConfigError, LlamachatError
 from llamachat.models import hub
+from llamachat.models.files import nonfinite_tensors
 from llamachat.models.loading import load_base
 from llamachat.models.start_checks import proved_start
 from llamachat.runs.hub_commits import commits_in
@@ -427,6 +430,35 @@ DAMAGES = {
     "rows": (r"vocab_size is 4000, but the tokenizer in the same folder has 4096 pieces", "enlarge its embedding"),
     "config": (r"config\.json: is no whole configuration", "Fetch it again"),
 }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_that_are_no_numbers_are_named(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
+    largest = torch.finfo(dtype).max
+    sound = {"a": torch.tensor([1.0, -largest, 0.0], dtype=dtype), "b": torch.tensor([[largest]], dtype=dtype)}
+    save_file(sound | {"ids": torch.tensor([-1])}, tmp_path / "sound.safetensors")
+    save_file(sound | {"b": torch.tensor([[value]], dtype=dtype)}, tmp_path / "faulty.safetensors")
+    assert nonfinite_tensors(tmp_path / "sound.safetensors") == []
+    assert nonfinite_tensors(tmp_path / "faulty.safetensors") == ["b"]
+
+
+def test_the_doctor_reads_the_weights_once_and_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    reads = []
+    monkeypatch.setattr(doctor, "nonfinite_tensors", lambda file: reads.append(file) or nonfinite_tensors(file))
+    folder = shutil.copytree(BASE, tmp_path / "base", ignore=shutil.ignore_patterns("*.md"))
+    recipe = write_recipe(tmp_path / "recipe")
+    options = [f"base.model={folder}"]
+    assert [by_check(examine(recipe, options), "weights").verdict for _ in range(2)] == ["ok", "ok"]
+    assert len(reads) == 1
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    finding = by_check(examine(recipe, options), "weights")
+    assert (finding.verdict, len(reads)) == ("FAIL", 2) and "model.norm.weight" in finding.problem
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -1,6 +1,6 @@
 """`llamachat benchmark` for reward models: the probe on questions no recipe trains on, and accuracy on files of pairs.
 
-Writes `benchmark/<digest>/probe.json` and `pairs-<file>.json` next to the artifact, like the benchmarks of policies.
+Writes `benchmark/<digest>/probe.json` and `pairs-<file>-<digest of its path>.json` next to the artifact, like the benchmarks of policies.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from llamachat.maths.intervals import proportion_interval
 from llamachat.models.reward_model import RewardModel, load_reward_model
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import write_json
+from llamachat.runs.fingerprints import fingerprint
 from llamachat.runs.reader import Benchmark, Measure, benchmark_folder
 from reward.presentation import PROBED
 from reward.probe import probe
@@ -30,7 +31,10 @@ def measure_reward_models(artifacts: Mapping[str, Artifact], pairs: Sequence[str
     for label, artifact in artifacts.items():
         model = load_reward_model(artifact.path, device="auto")
         measured = {
-            f"pairs-{Path(file).name.partition('.')[0]}": _accuracy(model, file, records[file]) for file in pairs
+            f"pairs-{Path(file).name.partition('.')[0]}-{fingerprint({'file': file})[:8]}": _accuracy(
+                model, file, records[file]
+            )
+            for file in pairs
         }
         results[label] = {"probe": _probed(model, artifact, dialogs), **measured}
         for name, one in results[label].items():

@@ -278,13 +278,18 @@ def test_reward_models_are_probed_and_measured_on_pairs(
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     # A model that prefers what is longer is right of the first pair alone; the third is too long for it.
     monkeypatch.setattr(RewardModel, "score_ids", lambda self, ids, **_: torch.tensor([float(len(one)) for one in ids]))
-    assert main(["benchmark", str(artifact.path), "--pairs", str(tmp_path / "own.jsonl")]) == 0
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "own.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    files = [str(tmp_path / "own.jsonl"), str(tmp_path / "more" / "own.jsonl")]
+    assert main(["benchmark", str(artifact.path), "--pairs", files[0], "--pairs", files[1]]) == 0
     measured = read_benchmarks(artifact)
-    right = measured["pairs-own"].figures["chosen above rejected"]
-    assert (right.value, right.n, len(measured["pairs-own"].notes)) == (0.5, 2, 1)
+    own, more = (next(one for one in measured.values() if one.title.endswith(file)) for file in files)
+    right = own.figures["chosen above rejected"]
+    assert (right.value, right.n, len(own.notes)) == (0.5, 2, 1)
+    assert more.figures["chosen above rejected"].n == 1, "a file of the same name elsewhere is another"
     assert measured["probe"].figures["reference above itself given twice"].value == 0.0
     assert measured["probe"].figures["reference above the first half of itself"].value == 1.0
-    assert measured["pairs-own"].notes[0] in capsys.readouterr().out
+    assert own.notes[0] in capsys.readouterr().out
     for wrong in (["--set", "gsm8k"], ["--limit", "2"]):
         assert main(["benchmark", str(artifact.path), *wrong]) == 2
     policy = policy_at(tmp_path / "sft", world.chat_format)

@@ -1,6 +1,7 @@
 """`llamachat benchmark` for reward models: the probe on questions no recipe trains on, and accuracy on files of pairs.
 
-Writes `benchmark/<digest>/probe.json` and `pairs-<file>-<digest of its path>.json` next to the artifact, like the benchmarks of policies.
+Writes `benchmark/<digest>/probe.json` and `pairs-<file>-<digest of its path>.json` next to the artifact, like the
+benchmarks of policies.
 """
 
 from collections.abc import Mapping, Sequence

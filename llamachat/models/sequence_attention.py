@@ -1,4 +1,4 @@
-"""Attention over a packed row by sequence, for CPUs: scores between sequences are not computed, or in small blocks only.
+"""Attention over a packed row by sequence, for CPUs: no scores between sequences, except inside small blocks.
 
 A packed row's mask discards the scores between sequences. Without a fused kernel they are still computed and read again
 in the backward pass, which dominates a small model's time. The results equal those of transformers' eager attention

@@ -3,15 +3,17 @@
 Ours has policy, reference, critic and two reward models; TRL 1.12.0 (the last release with PPO) has the first three
 and one reward model. Both use the same starting policy and prompts, bf16, full fine-tuning, two optimizer steps and no
 checkpointing. There are two workloads: fixed (prompts and answers of 64 tokens, no stop) and natural (the bundled
-prompts, up to 256 tokens, stopped by EOS). Rounds alternate between the two, each in its own process. Prints end-to-end
-response tokens per second, medians of the rounds' ratios, and the memory peak above each process's imports. TRL is
-installed into a cache folder with pip.
+prompts, up to 256 tokens, stopped by EOS). Rounds alternate between the two, each in its own process; `--processes 2`
+divides ours as a step divides itself over two cores (`run.processes`), where TRL keeps one process with two threads.
+Prints end-to-end response tokens per second, medians of the rounds' ratios, and the memory peak above the imports of
+each side's processes. TRL is installed into a cache folder with pip.
 """
 
 import argparse
 import json
 import logging
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -42,26 +44,50 @@ class Load:
 
 
 class Worker:
-    """A process that answers each line of JSON with a line of JSON."""
+    """One process, or several that work together, which answer each line of JSON with a line of JSON."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if not os.environ.get("SHOW") else None,
-            env=environment,
-            text=True,
-        )
+    def __init__(self, command: list[str], environment: dict[str, str], count: int = 1) -> None:
+        self._processes = [
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL if not os.environ.get("SHOW") else None,
+                env=environment | ranks,
+                text=True,
+            )
+            for ranks in environments(count)
+        ]
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise SystemExit("the worker ended without an answer; SHOW=1 in the environment prints what it says")
-        return json.loads(answer)
+        """The answer of the first process, with the memory of all."""
+        for process in self._processes:
+            assert process.stdin
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        answers = list[dict[str, Any]]()
+        for process in self._processes:
+            assert process.stdout
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit("the worker ended without an answer; SHOW=1 in the environment prints what it says")
+            answers.append(json.loads(line))
+        return answers[0] | {"mib": sum(answer["mib"] for answer in answers)}
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def environments(count: int) -> list[dict[str, str]]:
+    """What each of `count` processes needs in its environment to meet the others; nothing for a single one."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": str(count)}
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}
+    return [place | threads | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def trl_folder() -> Path:
@@ -77,13 +103,15 @@ def trl_folder() -> Path:
 def ours() -> None:
     """The other side of `Worker`: run one of our iterations for each line, all with the same workload."""
     from benchmarks.workers.trl_ppo import memory
+    from llamachat import distributed
 
     import_all()
     logging.disable(logging.WARNING)
     imported = memory("VmRSS")
     answers, sys.stdout = sys.stdout, sys.stderr
     training: Any = None
-    with tempfile.TemporaryDirectory() as scratch:
+    with distributed.opened(), tempfile.TemporaryDirectory() as scratch:
+        scratch = distributed.broadcast_object(scratch)
         for line in sys.stdin:
             training = training or open_ours(json.loads(line), Path(scratch))
             Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -173,6 +201,7 @@ def main() -> None:
     parser.add_argument("--run", default="runs/tiny", help="Run with a policy and reward models (`make sft rm`).")
     parser.add_argument("--critic", default="separate", choices=("separate", "shared"))
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=1, help="Processes that share our iteration.")
     parser.add_argument("--batch-rows", type=int, default=32, help="TRL's rows in one pass.")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -188,7 +217,7 @@ def main() -> None:
     loads = [Load("fixed, 64 + 64 tokens", 64, 64), Load("natural stops, up to 256", 256, None)]
     for load in loads:
         # Not run as a file: its folder would come first on the path and hide the package `ppo`.
-        mine = Worker([sys.executable, "-m", "benchmarks.ppo", "--worker"], environment)
+        mine = Worker([sys.executable, "-m", "benchmarks.ppo", "--worker"], environment, options.processes)
         trl = Worker([sys.executable, str(ROOT / "benchmarks" / "workers" / "trl_ppo.py")], trl_environment)
         split: list[list[float]] = []
         for number in range(options.rounds + 1):
@@ -215,8 +244,8 @@ def main() -> None:
                     load.rates[name].append(answer["tokens"] / answer["seconds"])
             if number:
                 split.append(own["split"])
-        mine._process.kill()
-        trl._process.kill()
+        mine.kill()
+        trl.kill()
         print(report(load, split), flush=True)
 
 

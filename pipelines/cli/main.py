@@ -28,6 +28,7 @@ from pipelines.cli.launch import (
     TINY,
     ConfigOption,
     Overrides,
+    QuickEnd,
     SeveralValues,
     die_with_parent,
     divide,
@@ -70,9 +71,11 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolve
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; without `arguments` this is the process of the command, and ends."""
-    status = _main(arguments)
-    if arguments is None:
-        end_despite_threads(status)
+    if arguments is not None:
+        return _main(arguments)
+    end = QuickEnd()
+    end.status = status = _main(None)
+    end_despite_threads(status)
     return status
 
 

@@ -275,3 +275,24 @@ def test_a_thread_that_never_ends_does_not_keep_the_command_alive() -> None:
         assert done.returncode == status, (changes, done.stderr)
         assert ("of-the-user" in done.stderr) == is_named, (changes, done.stderr)
         assert done.stdout or status, "what was printed is not lost"
+
+
+def test_the_process_ends_without_freeing_modules_but_after_all_handlers() -> None:
+    code = """
+import atexit, os, sys
+from pipelines.cli import main
+class Freed:
+    def __del__(self):
+        os.write(1, b"freed")
+def handler():
+    print("handler", freed is not None)
+sys.argv = ["llamachat", *{words}]
+freed = Freed()
+atexit.register(handler)
+sys.exit(main.main())
+"""
+    for words, status in (["--version"], 0), (["plan", "--config", "none.yaml"], 2):
+        command = [sys.executable, "-c", code.format(words=words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        assert done.returncode == status, done.stderr
+        assert done.stdout.endswith("handler True\n"), "printed, and nothing is freed"

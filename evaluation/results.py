@@ -5,7 +5,8 @@ and adding a policy to a run does not sample the others again.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -53,6 +54,25 @@ class PolicyResult:
     guarded: list[bool | None] | None = None  # violations among the answers to is_safety prompts, by evaluation.guard
 
 
+@contextmanager
+def _each_message_once() -> Iterator[None]:
+    """Log each message once within the block: every policy is opened with the same reward models and prompts."""
+    texts = set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not (text in texts or texts.add(text))
+
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
+
+
 class RunEvaluation:
     """Evaluates the policies of a run, starting with the reference, whose answers set the scale of all scores."""
 
@@ -71,10 +91,10 @@ class RunEvaluation:
             plural(len(policies), "policy", "policies"),
             ", ".join(one.manifest.step for one in policies),
         )
-        done = sum(has(self._place(policy, part)) for policy in policies for part in ("answers", "kl"))
+        done = sum(has(self._place(policy, "answers")) for policy in policies)
         constants: Constants | None = None
         results: list[dict[str, Any]] = []
-        with StepProgress(self._inputs.step, steps=2 * len(policies), done=done) as progress:
+        with StepProgress(self._inputs.step, steps=len(policies), done=done) as progress, _each_message_once():
             for policy in policies:
                 is_new = not has(self._place(policy, "answers"))
                 values = self._sample(policy, constants)
@@ -84,7 +104,7 @@ class RunEvaluation:
                     done += 1
                     score = Evaluation(**values["evaluation"]).score
                     progress.step(done, f"{policy.manifest.step}: combined {score:+.3f}")
-            self._add_kl(results, progress, done)
+        self._add_kl(results)
         self._add_guard(results)
         return [_result(policy, values) for policy, values in zip(policies, results, strict=True)], self.trials
 
@@ -183,7 +203,7 @@ class RunEvaluation:
             constants=constants,
         )
 
-    def _add_kl(self, results: Sequence[dict[str, Any]], progress: StepProgress, done: int) -> None:
+    def _add_kl(self, results: Sequence[dict[str, Any]]) -> None:
         """Add the KL to the reference, in nats per response, to each evaluation; the reference scores all answers."""
 
         @cache
@@ -196,13 +216,9 @@ class RunEvaluation:
             return [own - other for own, other in zip(values["logprobs"], logprobs, strict=True)]
 
         for policy, values in zip(self._policies, results, strict=True):
-            place = self._place(policy, "kl")
-            is_new = not self._cache.has(place)
             if self._has_kl:
+                place = self._place(policy, "kl")
                 values["evaluation"]["kl"] = self._cache.get_or_make(place, lambda of=values: make(of))
-            if is_new:
-                done += 1
-                progress.step(done, f"{policy.manifest.step}: KL to {self.reference.manifest.step}")
 
     @property
     def _has_kl(self) -> bool:

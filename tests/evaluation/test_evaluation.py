@@ -1,6 +1,7 @@
 """Evaluation of toy policies: figures by hand, a run with two policies, kills, and what joins or changes later."""
 
 import json
+import logging
 import math
 import signal
 from collections import Counter
@@ -273,11 +274,18 @@ def test_answers_lie_side_by_side_for_people(run: Path) -> None:
     assert {path.name for path in step_of(run, "eval").figures.glob("*.png")} == {"best_of_n.png", "temperatures.png"}
 
 
-def test_the_same_policy_twice_differs_in_nothing(world: World, safety: Path, tmp_path: Path) -> None:
+def test_the_same_policy_twice_differs_in_nothing(
+    world: World, safety: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A policy that is trained with rate 0 gives the same answers: every prompt is tied, and nothing is apart."""
     same = {"name": "same", "learning_rate": 1e-30}
     recipe = recipe_of(tmp_path, world, safety, steps=["sft", {"sft": same}, "eval"])
-    run_command(load(recipe), "all")
+    run_command(load(recipe), "sft")
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    run_command(load(recipe), "eval")
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == len(set(texts)) > 3, "what holds for every policy is said once"
     figures = content_of(recipe)["figures"]["same"]
     assert figures["difference/reward_safety"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 12}
     assert figures["ties/reward_safety"]["value"] == 1.0 and "win_rate/reward_safety" not in figures

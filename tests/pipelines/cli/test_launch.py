@@ -286,9 +286,12 @@ class Freed:
         os.write(1, b"freed")
 def handler():
     print("handler", freed is not None)
+def run(arguments, run=main._main):
+    atexit.register(handler)
+    return run(arguments)
+main._main = run
 sys.argv = ["llamachat", *{words}]
 freed = Freed()
-atexit.register(handler)
 sys.exit(main.main())
 """
     for words, status in (["--version"], 0), (["plan", "--config", "none.yaml"], 2):

@@ -350,31 +350,31 @@ def with_allocator(memory: Mapping[str, int], setup: Setup, work: str) -> dict[s
     return {**memory, **({ALLOCATOR: reserved} if reserved else {})}
 
 
-def training_time(
-    setup: Setup, weights: int, *, tokens: float, gradient_checkpointing: bool, assumed: str
-) -> tuple[float, str]:
-    """Seconds to train on this many tokens, and the assumptions as text; `assumed` describes those about the data.
-
-    `weights` are those that every token is multiplied by.
-    """
+def training_time(setup: Setup, weights: int, *, tokens: float, gradient_checkpointing: bool) -> float:
+    """Seconds to train on this many tokens; `weights` are those that every token is multiplied by."""
     # FLOPs per weight and token: 2 forward, 2 backward for the inputs and 2 for trained weights (Kaplan et al. 2020,
     # arXiv:2001.08361, section 2.1). Attention's own, a few percent at 4096 tokens, are ignored.
     per_weight = (3 if setup.tuning.method == "full" else 2) * FORWARD
     operations = per_weight * weights * tokens
     if gradient_checkpointing:
         operations *= (per_weight + FORWARD) / per_weight
-    return _seconds(operations, setup, assumed)
+    return _seconds(operations, setup)
 
 
-def forward_time(setup: Setup, products: float, *, assumed: str) -> tuple[float, str]:
+def forward_time(setup: Setup, products: float) -> float:
     """Seconds of forward passes with `products` multiplications of a weight with a token's value."""
-    return _seconds(FORWARD * products, setup, assumed)
+    return _seconds(FORWARD * products, setup)
 
 
-def _seconds(operations: float, setup: Setup, assumed: str) -> tuple[float, str]:
-    gpu = setup.gpu
+def _seconds(operations: float, setup: Setup) -> float:
+    if setup.gpu is None:
+        return operations / CPU_FLOPS
+    return operations / (setup.gpu.count * setup.gpu.timed[0] * 1e12 * ASSUMED_MFU[setup.tuning.method])
+
+
+def assumed_speed(gpu: Gpu | None, method: str) -> str:
+    """The speed that all times are computed with, as text."""
     if gpu is None:
-        return operations / CPU_FLOPS, f"on 2 CPU cores at {CPU_FLOPS / 2e12:g} TFLOP/s each and {assumed}"
-    mfu, (tflops, whose) = ASSUMED_MFU[setup.tuning.method], gpu.timed
-    seconds = operations / (gpu.count * tflops * 1e12 * mfu)
-    return seconds, f"on {gpu}, assuming {mfu:.0%} of {whose} {tflops:g} TFLOP/s (MFU) and {assumed}"
+        return f"2 CPU cores at {CPU_FLOPS / 2e12:g} TFLOP/s each"
+    tflops, whose = gpu.timed
+    return f"{gpu}, {ASSUMED_MFU[method]:.0%} of {whose} {tflops:g} TFLOP/s (MFU)"

@@ -73,7 +73,7 @@ class Lengths:
         prompt, answer = self.of(base, rollout)
         of_whom = f"as of {self.measured_by}" if self.measured_by else f"{ANSWER_SHARE:g} of the longest"
         decoding = "decoding at a quarter of a forward pass's speed"
-        return f"prompts of {prompt:.0f} tokens, answers of {answer:.0f} ({of_whom}), {decoding}"
+        return f"with prompts of {prompt:.0f} tokens, answers of {answer:.0f} ({of_whom}), {decoding}"
 
 
 @dataclass(frozen=True, slots=True)

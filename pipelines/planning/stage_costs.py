@@ -77,13 +77,13 @@ def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per
     memory = with_allocator(memory, setup, "training")
     if dialogs is None:
         return Estimate(memory, loaded=LOADED)
-    seconds, assumed = training_time(
+    seconds = training_time(
         setup,
         setup.shape.weights,
         tokens=dialogs * config.epochs * tokens_per_dialog,
         gradient_checkpointing=config.gradient_checkpointing,
-        assumed=f"{tokens_per_dialog:.0f} tokens per dialog",
     )
+    assumed = f"at {tokens_per_dialog:.0f} tokens per dialog"
     return Estimate(memory, seconds, _steps(dialogs, config.epochs, config.examples_per_step), assumed, LOADED)
 
 
@@ -134,16 +134,16 @@ def reward_cost(
     memory = with_allocator(memory, setup, "training")
     if pairs is None:
         return Estimate(memory, loaded=LOADED)
-    seconds, assumed = training_time(
+    seconds = training_time(
         setup,
         setup.shape.block_weights,
         tokens=pairs * config.epochs * tokens_per_pair,
         gradient_checkpointing=config.gradient_checkpointing,
-        assumed=f"{tokens_per_pair:.0f} tokens per pair",
     )
+    assumed = f"at {tokens_per_pair:.0f} tokens per pair"
     steps = _steps(pairs, config.epochs, config.pairs_per_step)
     scored = (1 + math.ceil(steps / eval_every)) * held_out_tokens + tested_tokens
-    scoring, _ = forward_time(setup, scored * setup.shape.block_weights, assumed="")
+    scoring = forward_time(setup, scored * setup.shape.block_weights)
     return Estimate(memory, seconds + scoring, steps, assumed, LOADED)
 
 
@@ -175,16 +175,16 @@ def dpo_cost(
     memory = with_allocator(memory, setup, "training")
     if pairs is None:
         return Estimate(memory, loaded=LOADED)
-    seconds, assumed = training_time(
+    seconds = training_time(
         setup,
         setup.shape.weights,
         tokens=pairs * config.epochs * tokens_per_pair,
         gradient_checkpointing=config.gradient_checkpointing,
-        assumed=f"{tokens_per_pair:.0f} tokens per pair",
     )
+    assumed = f"at {tokens_per_pair:.0f} tokens per pair"
     steps = _steps(pairs, config.epochs, config.pairs_per_step)
     read = pairs + (2 + math.ceil(steps / eval_every)) * held_out_pairs
-    reading, _ = forward_time(setup, read * tokens_per_pair * setup.shape.weights, assumed="")
+    reading = forward_time(setup, read * tokens_per_pair * setup.shape.weights)
     return Estimate(memory, seconds + reading, steps, assumed, LOADED)
 
 
@@ -218,8 +218,8 @@ def sampling_cost(
     # Forward passes: one per prompt for all its answers, one per answer's tokens, and one of both per reward model.
     generated = (prompt / samples_per_prompt + DECODING_SLOWDOWN * answer) * setup.shape.weights
     scored = seating.num_reward_models * (prompt + answer) * setup.shape.block_weights
+    seconds = forward_time(setup, answers * (generated + scored))
     assumed = lengths.assumed(setup.base, rollout)
-    seconds, assumed = forward_time(setup, answers * (generated + scored), assumed=assumed)
     return Estimate(worst.memory, seconds + tuned.seconds, tuned.optimizer_steps, assumed, worst.loaded)
 
 
@@ -253,16 +253,21 @@ def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating
     evaluating += seating.num_reward_models * per_response * shape.block_weights
     values = (networks - 1) * per_response * shape.block_weights
     products = responses * (evaluating + values) + evaluated * evaluating
-    sampled, assumed = forward_time(setup, products, assumed=lengths.assumed(setup.base, rollout))
-    trained, _ = training_time(
+    sampled = forward_time(setup, products)
+    trained = training_time(
         setup,
         shape.weights,
         tokens=responses * per_response * config.epochs * networks,
         gradient_checkpointing=config.gradient_checkpointing,
-        assumed="",
     )
     loaded = frozenset(role_bank_bytes(setup, seating, critic=critic_kind(config)))
-    return Estimate(ppo_memory(config, setup, rollout, seating), sampled + trained, steps, assumed, loaded)
+    return Estimate(
+        ppo_memory(config, setup, rollout, seating),
+        sampled + trained,
+        steps,
+        lengths.assumed(setup.base, rollout),
+        loaded,
+    )
 
 
 def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating) -> dict[str, int]:

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.errors import UsageError
-from llamachat.memory.estimates import Estimate
+from llamachat.memory.estimates import Estimate, assumed_speed
 from llamachat.tables import duration, plural, text_table
+from pipelines.execution.jobs import one_by_one
 from pipelines.planning.estimates import card
 from pipelines.planning.fit import Fit, fits, largest_microbatch, presets, way_to_fit, way_to_shorten
 from pipelines.planning.plan import PlannedStep, sides_of_data
@@ -26,6 +27,9 @@ def plan_text(recipe: Recipe, planned: Sequence[PlannedStep], *, hours: float | 
         if step.will_run:
             lines += [f"    {line}" for line in _cost(recipe, step.estimate, gpu)]
             lines += [f"    warning: {warning}" for warning in step.warnings]
+    if any(step.estimate and step.estimate.seconds for step in planned if step.will_run):
+        speeds = {assumed_speed(gpu, recipe.step(step.name).tuning.method): None for step in planned if step.will_run}
+        lines.append(f"  times assume {' or '.join(speeds)}")
     lines += [f"  {line}" for line in sides_of_data(recipe)]
     if len(planned) > 1:
         lines += ["", *_table(recipe, planned, gpu)]
@@ -42,7 +46,7 @@ def _cost(recipe: Recipe, estimate: Estimate | None, gpu: Gpu | None) -> Iterato
         return
     steps = "" if estimate.optimizer_steps is None else f"about {plural(estimate.optimizer_steps, 'optimizer step')}, "
     if steps or estimate.assumed:
-        yield f"{steps}{duration(estimate.seconds)} {estimate.assumed}"
+        yield f"{steps}{duration(estimate.seconds)} {estimate.assumed}".rstrip()
     else:
         yield "optimizer steps and hours: unknown before the download (a 'limit' on each hub set bounds them)"
     if not estimate.memory:
@@ -77,7 +81,8 @@ def _table(recipe: Recipe, planned: Sequence[PlannedStep], gpu: Gpu | None) -> l
 def _verdict(recipe: Recipe, running: Fit, hours: float | None) -> Iterator[str]:
     """The totals: time and peak, whether the recipe fits, and what to lower if it does not."""
     gpu = running.gpu
-    groups = side_by_side(recipe, [step for step in recipe.steps if step.name in running.steps])
+    steps = [step for step in recipe.steps if step.name in running.steps]
+    groups = one_by_one(steps) if gpu else side_by_side(recipe, steps)  # times of a step are those of all cards
     by_step = {name: estimate.seconds for name, estimate in running.steps.items()}
     total_seconds, seconds = sum(by_step.values()), wall_seconds(recipe, groups, by_step)
     uncounted = [name for name, estimate in running.steps.items() if not estimate.seconds]
@@ -103,7 +108,6 @@ def _verdict(recipe: Recipe, running: Fit, hours: float | None) -> Iterator[str]
     if hours is not None and seconds <= 3600 * hours:
         yield f"  within {hours:g} h: {duration(3600 * hours - seconds)} to spare"
     elif hours is not None:
-        steps = [step for step in recipe.steps if step.name in running.steps]
         yield f"  OVER {hours:g} h by {duration(seconds - 3600 * hours)}. Shorten all steps by the same factor, and plan again:"
         yield f"    {way_to_shorten(steps, seconds, hours)}"
         yield f"    or run.max_hours={hours:g}: a command then ends with its best checkpoint, and the same command resumes"

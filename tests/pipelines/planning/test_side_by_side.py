@@ -179,6 +179,10 @@ def test_the_plan_says_what_runs_side_by_side_and_how_long_the_whole_takes(
     assert "OVER 0.001 h" in text
     alone = tiny("run.jobs=1", tmp_path=tmp_path)
     assert "side by side" not in plan_text(alone, make_plan(alone))
+    # Times on planned cards are those of all cards together: the cores of this machine do not count.
+    carded = tiny("run.gpu=2x rtx-3090", tmp_path=tmp_path)
+    text = plan_text(carded, make_plan(carded), hours=1)
+    assert "side by side" not in text and "the whole run" not in text and text.count("TFLOP/s") == 1
 
 
 def test_the_cards_that_a_command_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

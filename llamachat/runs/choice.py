@@ -1,6 +1,6 @@
-"""Which policy of a run to use: the last one that the judge does not rate below the first, and that still answers.
+"""Which policy of a run to use: the last one that the judge does not rate below an earlier one, and that still answers.
 
-The judge is a reward model that was not used for any selection. It may prefer refusals, or one text that exploits it,
+Later policies may have gained what the judge does not measure, such as Ghost Attention. The judge is a reward model that was not used for any selection. It may prefer refusals, or one text that exploits it,
 so a policy that leaves most harmless prompts unanswered, or gives one answer to many prompts, is also rejected,
 whatever its scores.
 """
@@ -49,7 +49,7 @@ def recommend(evaluation: Evaluation) -> Recommendation:
             judge = evaluation.measure(policy, "difference/judge")
             if judge is None:
                 return Recommendation(policy, "the last policy; no judge has rated its answers", passed_over)
-            reason = f"the last policy that the judge does not rate below {first} ({_signed(judge)})"
+            reason = f"the last policy that the judge does not rate below another ({_signed(judge)} over {first})"
             return Recommendation(policy, reason, passed_over)
         passed_over[policy] = against
     reason = "no later policy is better" if passed_over else "the only policy that was evaluated"
@@ -82,10 +82,14 @@ def collapse(evaluation: Evaluation, policy: str) -> str | None:
 
 
 def _judged_below(evaluation: Evaluation, policy: str) -> str | None:
-    judge = evaluation.measure(policy, "difference/judge")
-    if judge is None or judge.high is None or judge.high >= 0:
+    """Return which policy the judge rates clearly higher: its interval is above this one's, or this one's is below 0."""
+    first, best = evaluation.reference, best_first(evaluation)[0]
+    judge, highest = (evaluation.measure(name, "difference/judge") for name in (policy, best))
+    if judge is None or judge.high is None:
         return None
-    return f"the judge rates it below {evaluation.reference} ({_signed(judge)})"
+    if highest is not None and highest.low is not None and judge.high < highest.low:
+        return f"the judge rates it below {best} ({_signed(judge)} over {first}, {best} {_signed(highest)})"
+    return f"the judge rates it below {first} ({_signed(judge)})" if judge.high < 0 else None
 
 
 def _signed(measure: Measure) -> str:

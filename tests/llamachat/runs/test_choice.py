@@ -31,7 +31,9 @@ def policy(judge: float | None, *, answered: float = 0.9, reach: float = 0.1) ->
         (policy(0.3), policy(0.9) | {"commonest_answer": measure(0.4)}, "rs", {"ppo"}),
         (policy(0.3), policy(0.9) | {"commonest_answer": measure(0.2)}, "ppo", set()),
         (policy(0.3), policy(0.4), "ppo", set()),
-        (policy(0.3), policy(-0.05), "ppo", set()),  # its interval holds 0
+        (policy(0.0), policy(-0.05), "ppo", set()),  # its interval holds 0
+        (policy(0.3), policy(0.15), "ppo", set()),  # the intervals overlap
+        (policy(0.4), policy(0.15), "rs", {"ppo"}),  # above sft, but below rs
         (policy(0.3), policy(-0.4), "rs", {"ppo"}),
         (policy(-0.3), policy(-0.4), "sft", {"rs", "ppo"}),
         (policy(None), policy(None), "ppo", set()),
@@ -39,7 +41,7 @@ def policy(judge: float | None, *, answered: float = 0.9, reach: float = 0.1) ->
         (policy(0.3), policy(0.9, answered=0.5), "ppo", set()),
     ],
 )
-def test_the_last_policy_that_the_judge_does_not_put_below_the_first_and_that_answers(
+def test_the_last_policy_that_the_judge_does_not_rate_below_another_and_that_answers(
     rs: dict[str, Any], ppo: dict[str, Any], expected: str, not_taken: set[str]
 ) -> None:
     choice = recommend(evaluation_of(sft=policy(None) | {"commonest_answer": measure(0.1)}, rs=rs, ppo=ppo))
@@ -71,7 +73,7 @@ def test_a_runs_policy_is_chosen_by_its_evaluation(tmp_path: Path) -> None:
     run.add("eval")  # the judge: rs -0.03 +- 0.04, ppo -0.2 +- 0.04
     policy, why = recommended_policy(run.folder) or pytest.fail("there are policies")
     assert policy.manifest.step == "rs"
-    assert "(-0.03 [-0.07, +0.01])" in why and "not ppo: the judge rates it below sft (-0.20 [-0.24, -0.16])" in why
+    assert "(-0.03 [-0.07, +0.01] over sft)" in why and "not ppo: the judge rates it below sft (-0.20 [-0.24, -0.16])" in why
     run.add("gatt")  # later than the evaluation
     policy, why = recommended_policy(run.folder) or pytest.fail("there are policies")
     assert policy.manifest.step == "rs" and "not evaluated: gatt" in why

@@ -1,4 +1,4 @@
-"""Compare packed with padded rows in supervised tuning: `python benchmarks/sft_packing.py`, or `make bench`.
+"""Compare packed with padded rows in supervised fine-tuning: `python benchmarks/sft_packing.py`, or `make bench`.
 
 Times forward and backward of the training loss (`sft.loss.answer_token_losses`) on bundled dialogs with the bundled
 base, without optimizer updates. Each step's dialogs run through every layout in turn, so that other load on the machine
@@ -144,7 +144,8 @@ def main() -> None:
     answer_tokens = sum(sum(dialog.loss_mask[1:]) for dialog in dialogs)
     tokens = num_tokens(dialogs)
     print(
-        f"{done} steps of {EXAMPLES_PER_STEP} dialogs, {tokens} tokens, {answer_tokens} learnt; forward and backward:"
+        f"{done} steps of {EXAMPLES_PER_STEP} dialogs, {tokens} tokens, {answer_tokens} of them trained on; "
+        "forward and backward:"
     )
     print(report(layouts, tokens=tokens, answer_tokens=answer_tokens))
 

@@ -29,7 +29,7 @@ _MEANINGS = {
 }
 
 REASONS = {
-    "unfinished": "cut by the length limit",
+    "unfinished": "truncated at the length limit",
     "empty": "empty, or with a tag of the chat format",
     "equal": "equal to the plain answer",
     "not_better": "not above the plain answer's safety score",

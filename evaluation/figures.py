@@ -41,7 +41,7 @@ _LINES = (
         for kind in ("harmful", "harmless", "ordinary")
         for outcome, words in zip(OUTCOMES, ("complied", "partly refused", "refused", "not answered"), strict=True)
     ),
-    ("kl_to_reference", "KL to the first, nats a response", "{:.2f}"),
+    ("kl_to_reference", "KL to the first, nats per response", "{:.2f}"),
     ("response_tokens", "tokens", "{:.1f}"),
     ("length_ratio", "  over the first's", "{:.2f}"),
     ("finished_fraction", "ended with EOS", "{:.0%}"),

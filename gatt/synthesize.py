@@ -176,7 +176,7 @@ def _answer(one: Conversation, samples: Sequence[Response], sampler: TurnSampler
     kept = [sample for sample in allowed if one.keeps(sample.text)]
     is_last = len(one.answers) == len(one.turns) - 1
     if not allowed:
-        one.dropped = "dialogs left out: an answer is empty, or cut by the length limit"
+        one.dropped = "dialogs left out: an answer is empty, or truncated at the length limit"
         return
     chosen = (kept or allowed)[0]
     text: str | None = chosen.text.strip()

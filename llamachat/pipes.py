@@ -42,15 +42,14 @@ def regular_file(path: Path) -> Path:
             _copies[place] = _copied(path)
         except OSError as error:
             raise UsageError(
-                f"{path}: the pipe cannot be read whole ({error.strerror or error}). It is first copied to "
-                f"{tempfile.gettempdir()}. Make room there, set TMPDIR, or write it to a file and name that."
+                f"{path}: the pipe cannot be read to its end ({error.strerror or error}). It is first copied to "
+                f"{tempfile.gettempdir()}. Free space there, set TMPDIR, or write the data to a file and pass that."
             ) from error
     return _copies[place]
 
 
 def _opened(path: Path) -> tuple[BinaryIO, bytes]:
-    """The pipe, and what was read of it already; `UsageError` where it has a name, and no program comes to write to
-    it."""
+    """The pipe, and what was already read from it; `UsageError` if it is a named pipe to which no program writes."""
     if not path.resolve().is_fifo():  # the pipe of a shell, whose other end is held
         return path.open("rb"), b""
     raw = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))

@@ -346,9 +346,9 @@ class Training:
 
     def _end_by_guard(self, kl: float, where: str) -> None:
         log.warning(
-            "%s: KL to the starting policy is %.1f nats a response on %s at iteration %d, over ppo.kl_guard (%g). Training "
-            "ends here, and the best policy under it is published (iteration %d). A higher ppo.kl_coef or a lower "
-            "ppo.learning_rate stays closer.",
+            "%s: KL to the starting policy is %.1f nats per response on %s at iteration %d, over ppo.kl_guard (%g). "
+            "Training ends here, and the best policy below the limit is published (iteration %d). A higher ppo.kl_coef "
+            "or a lower ppo.learning_rate keeps the policy closer.",
             self.session.inputs.step,
             kl,
             where,

@@ -74,7 +74,7 @@ def filtered(groups: Iterable[Group]) -> dict[str, int]:
         seen: set[str] = set()
         for text, is_finished, is_allowed in zip(group.texts, group.finished, group.allowed, strict=True):
             if not is_finished:
-                counts["answers left out: cut by the length limit"] += 1
+                counts["answers left out: truncated at the length limit"] += 1
             elif not is_allowed:
                 counts["answers left out: empty, or with a tag of the chat format"] += 1
             elif text in seen:

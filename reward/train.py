@@ -139,7 +139,7 @@ def score_tests(model: nn.Module, examples: Examples) -> tuple[list[ScoredPair],
     pairs: list[ScoredPair] = []
     responses: dict[tuple[int, ...], ScoredResponse] = {}
     for example, chosen, rejected in zip(examples.test, chosen_B.tolist(), rejected_B.tolist(), strict=True):
-        assert example.domain in ("helpfulness", "safety"), "other sets are learnt from, not tested with"
+        assert example.domain in ("helpfulness", "safety"), "other sets are trained on, not tested with"
         preference = example.preference
         pairs.append(
             ScoredPair(

@@ -185,7 +185,7 @@ def written_folder(request: Request, dtype: torch.dtype) -> Iterator[tuple[Path,
         else:
             write_merged(request, side, base, dtype)
         copy_tokenizer(request, side)
-        log.info("loading it again with transformers alone")
+        log.info("reloading it with transformers only")
         yield side, base
 
 

@@ -173,14 +173,14 @@ def _require_llama_cpp(folder: Path, quantization: str) -> None:
     """Raise if the llama.cpp folder lacks what this quantization needs."""
     if not (folder / CONVERTER).is_file():
         raise UsageError(
-            f"--llama-cpp: '{folder}' has no {CONVERTER}. It writes the file, and is in the source of llama.cpp, not in its "
-            "binary packages. Get it with `git clone https://github.com/ggml-org/llama.cpp` and name its folder."
+            f"--llama-cpp: '{folder}' has no {CONVERTER}, which writes the file. It is in llama.cpp's source code, not "
+            "in its binary packages. Get it with `git clone https://github.com/ggml-org/llama.cpp` and name its folder."
         )
     if quantization not in CONVERTED and _program(folder, QUANTIZER) is None:
         raise UsageError(
-            f"--quantize {quantization}: {folder} has no built {QUANTIZER}, which makes it. Build it: cmake -B "
-            f"{folder}/build -S {folder} && cmake --build {folder}/build --config Release --target {QUANTIZER}. Or take "
-            f"one that needs no building: {', '.join(CONVERTED)}."
+            f"--quantize {quantization}: {folder} has no compiled {QUANTIZER}, which is required. Build it: cmake -B "
+            f"{folder}/build -S {folder} && cmake --build {folder}/build --config Release --target {QUANTIZER}. Or use "
+            f"a type that does not need it: {', '.join(CONVERTED)}."
         )
 
 

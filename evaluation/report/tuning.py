@@ -1,4 +1,4 @@
-"""Supervised tuning (section 3.1) and reward models (section 3.2.2; Tables 7, 8, 29) next to the paper's; DPO."""
+"""Supervised fine-tuning (section 3.1) and reward models (section 3.2.2; Tables 7, 8, 29) next to the paper's; DPO."""
 
 import re
 from pathlib import Path
@@ -35,12 +35,12 @@ def supervised(facts: Facts) -> Section | None:
     rows = [row(step.name, *(_figure(step, name, digits) for name, digits in columns)) for step in steps]
     table = Table(
         "Cross-entropy on held-out answers",
-        ["step", "before, nats/token", "after, nats/token", "answer tokens learnt", "epochs"],
+        ["step", "before, nats/token", "after, nats/token", "answer tokens trained on", "epochs"],
         rows,
         note="Each step's held-out dialogs are its own: sft's are of data.sft, the others' are answers that they chose, "
         "so lines cannot be compared. The paper gives no losses; it tuned for 2 epochs on 27,540 annotations.",
     )
-    return Section("Supervised tuning (section 3.1)", "tuning", [table])
+    return Section("Supervised fine-tuning (section 3.1)", "tuning", [table])
 
 
 def preferences(facts: Facts) -> Section | None:

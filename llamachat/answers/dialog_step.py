@@ -135,7 +135,7 @@ class DialogStep:
                 if is_new:
                     progress.step(number, result.headline)
         if num_left_out:
-            self.dropped[f"{unit} left out: {self.hours.key} are over"] += num_left_out
+            self.dropped[f"{unit} left out: {self.hours.key} is used up"] += num_left_out
         return rows
 
     def end_sampling(self, tracker: Tracker, figures: Mapping[str, float]) -> None:

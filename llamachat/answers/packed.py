@@ -97,7 +97,7 @@ def response_mask(sequences: Sequence[TokenSequence], device: torch.device) -> T
 
 
 def answer_logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], *, temperature: float) -> list[float]:
-    """log p(response | prompt) of each, by the bank's policy at this temperature: nats, summed over its tokens in fp32.
+    """log p(response | prompt) of each sequence under the bank's policy at this temperature: in nats, summed in fp32.
 
     Several processes share the work.
     """

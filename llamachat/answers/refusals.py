@@ -72,7 +72,7 @@ _ATTEMPT = re.compile(r"\b(?:but|however|although|though|because|maybe|probably|
 
 @dataclass(frozen=True, slots=True)
 class LabelledAnswer:
-    """An answer, and its label by people."""
+    """An answer and its human label."""
 
     prompt: str
     text: str

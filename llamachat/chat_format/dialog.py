@@ -90,7 +90,7 @@ def check_messages(messages: Sequence[Message], *, ends_with: EndsWith, field: s
     if len(messages) == first_turn:
         raise DialogError(
             field,
-            "holds a system text alone, but it is sent with the first user turn.",
+            "contains only a system text, but that is sent with the first user turn.",
             "Add the user turn, or drop the record.",
         )
     for index, message in enumerate(messages):

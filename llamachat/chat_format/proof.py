@@ -83,8 +83,8 @@ def _check_rows(config: Path, tokenizer: Tokenizer) -> None:
     if isinstance(rows, int) and rows < tokenizer.vocab_size:
         raise TokenizerError(
             f"{config}: vocab_size is {rows}, but the tokenizer in the same folder has {tokenizer.vocab_size} pieces. A text"
-            " with one of the last ones could not be read. Put the model's own tokenizer there, or enlarge its embedding"
-            " (resize_token_embeddings)."
+            " with one of the last pieces could not be read. Put the model's own tokenizer there, or enlarge its"
+            " embedding (resize_token_embeddings)."
         )
 
 
@@ -169,11 +169,11 @@ def require_proof(report: ProofReport, *, allow_unproved: bool = False) -> str |
         return None
     if allow_unproved and report.has_own_ids:
         return (
-            f"{report.subject}: the ids are this tokenizer's own, not those of Llama 2. The chat format holds on it, and "
-            "what a step publishes is loaded again and compared with it. Continuing, because "
+            f"{report.subject}: the ids are this tokenizer's own, not those of Llama 2. The chat format works with it, "
+            "and what a step publishes is reloaded and compared with it. Continuing, because "
             "base.allow_unproved_tokenizer is true."
         )
-    why = "A model trained on other ids than those it is served with reads its prompts wrongly."
+    why = "A model that is trained on one set of ids and served with another misreads its prompts."
     if allow_unproved:
         return f"{report} {why} Continuing, because base.allow_unproved_tokenizer is true."
     raise TokenizerError(

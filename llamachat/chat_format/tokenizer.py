@@ -237,9 +237,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         control = backend.control_ids(names)
     if control is None:
         raise TokenizerError(
-            f"{file}: names no token that begins a text and one that ends it (bos_token and eos_token in "
+            f"{file}: does not name the tokens for the beginning and the end of a text (bos_token and eos_token in "
             f"tokenizer_config.json or special_tokens_map.json). The chat format puts a turn between the two. Name "
-            f"them there, or take another base. {BASES_THAT_WORK}"
+            f"them there, or use another base. {BASES_THAT_WORK}"
         )
     return Tokenizer(backend, control)
 

@@ -316,7 +316,7 @@ class Data(Section):
     """The training data. Each entry is a list of sources, mixed by weight."""
 
     sft: Sources = Field(
-        description="Dialogs for supervised tuning (a list, which may be empty if there is no sft step)."
+        description="Dialogs for supervised fine-tuning (a list, which may be empty if there is no sft step)."
     )
     helpfulness: Sources = Field(default=(), description="Preferences for helpfulness.")
     safety: Sources = Field(default=(), description="Preferences for safety, with labels where known.")

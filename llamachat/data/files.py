@@ -1,7 +1,7 @@
 """The raw rows of a data file or a Hub data set: JSON Lines (plain or gzip), parquet or the Hub.
 
 The file type is detected from the first bytes and must match the name. Reading a parquet file or a JSON array as lines
-would report one odd problem a line and hide the actual one.
+would report one odd problem per line and hide the actual one.
 JSON Lines are read more strictly than with `json.loads`: NaN, Infinity, duplicate keys, invalid UTF-8 and blank lines
 between records are problems, because other readers interpret or skip them differently. Lines end with LF or CRLF. Blank
 lines at the end of the file are allowed, since some writers add one.

@@ -121,7 +121,7 @@ def role_bank_bytes(
         whole = model.shape.trunk_bytes(model.width, is_4bit=model.is_4bit)
         own = model.shape.adapter_weights(tuning.rank, targets) if model.has_adapter else 0
         head = _language_head(model.shape, model.width)
-        parts[f"{name} reward model beside the trunk"] = whole - head + (own + model.shape.hidden_size) * model.width
+        parts[f"{name} reward model next to the trunk"] = whole - head + (own + model.shape.hidden_size) * model.width
     value_head = 0 if critic in (None, "none") else (shape.hidden_size + 1) * FULL_SIZE_HEAD
     parts["adapters and heads"] = num_adapters * adapter + seating.sharing * shape.hidden_size * width + value_head
     return parts

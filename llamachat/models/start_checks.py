@@ -74,9 +74,9 @@ def shard_if_configured(model: nn.Module, tuning: Tuning) -> None:
         return
     if tuning.method != "full":
         raise ConfigError(
-            f"tuning.method: '{tuning.method}', but the launcher asks for FSDP, which here cuts models that are trained whole."
-            " With adapters each card holds the base once, in 4 bits with qlora. Launch with configs/accelerate/ddp.yaml,"
-            " or set tuning.method to full."
+            f"tuning.method: '{tuning.method}', but the launcher requests FSDP, which here shards only models"
+            " whose weights are all trained. With adapters each card holds the whole base, in 4 bits with qlora. Launch"
+            " with configs/accelerate/ddp.yaml, or set tuning.method to full."
         )
     distributed.shard_model(model)
 

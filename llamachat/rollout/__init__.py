@@ -29,8 +29,8 @@ def open_engine(
     reason = None if rollout.engine == "hugging_face" else unsupported(model)
     if rollout.engine == "llama" and reason is not None:
         raise ConfigError(
-            f"rollout.engine: llama, but the model has {reason}. Our decoder computes what plain Llama models and LoRA "
-            "adapters do, and would give other answers than the model. Set rollout.engine to auto or hugging_face."
+            f"rollout.engine: llama, but the model has {reason}. Our decoder supports only plain Llama models and LoRA "
+            "adapters, and would give other answers than the model. Set rollout.engine to auto or hugging_face."
         )
     if rollout.engine == "hugging_face" or reason is not None:
         cache_gib = 1.0 if rollout.cache_gib == "auto" else rollout.cache_gib

@@ -84,7 +84,7 @@ class Server:
             return response.json()
         except ValueError as error:
             raise ServerError(
-                f"{response.url}: the answer is no JSON ({response.content[:80]!r}). A vLLM server answers in JSON there. "
+                f"{response.url}: the answer is not JSON ({response.content[:80]!r}). A vLLM server answers in JSON there. "
                 "Set rollout.server to the address of `vllm serve` itself."
             ) from error
 
@@ -101,8 +101,8 @@ class Server:
                 return self._response(method, path, content, waits_s[1:])
             raise ServerError(
                 f"{self.address}{path}: no answer ({type(error).__name__}: {error}). rollout.engine vllm takes its answers "
-                "from a running `vllm serve` (docs/vllm.md). Look whether it runs, is ready and not busy with others, and "
-                "into its log; or fix rollout.server."
+                "from a running `vllm serve` (docs/vllm.md). Check that it runs, is ready and not busy with "
+                "other requests, and read its log; or fix rollout.server."
             ) from error
         if response.status_code != 200:
             raise RefusedError(response.status_code, _message(response))
@@ -201,10 +201,10 @@ class VllmEngine:
             change = float((self._served_scores() - self._scores.served_N).abs().mean())
             if not change <= MOST_DISAGREEMENT:
                 raise ServerError(
-                    f"{self._server.address}: since it slept the server gives other probabilities than before, by {change:.2g} "
-                    f"nats a token ('{self._adapter or self._base}'). It has lost weights. Restart it and run the command "
-                    "again; if that repeats, use another version of vLLM, or a server on another card without "
-                    "rollout.server_gib."
+                    f"{self._server.address}: after sleeping, the server's log-probabilities differ from those "
+                    f"before by {change:.2g} nats per token ('{self._adapter or self._base}'). It has lost weights. "
+                    "Restart it and run the command again; if that repeats, use another version of vLLM, or a server "
+                    "on another card without rollout.server_gib."
                 )
 
     def sleep(self) -> None:
@@ -354,9 +354,10 @@ class VllmEngine:
             is_closed = refused.status == 404 and refused.message == "Not Found"
             why = "takes no adapters at run time" if is_closed else f"does not load the adapter {folder} ({refused})"
             raise ConfigError(
-                f"rollout.server: {self._server.address} {why}. The policy changes while it is trained, and is handed over as "
-                "an adapter, which the server must be able to read (TMPDIR decides where it lies) and have been started "
-                f"for, with its rank. Serve with `{HOW_TO_SERVE}`, on this machine or with TMPDIR on a disk that both see."
+                f"rollout.server: {self._server.address} {why}. The policy changes while it is trained, and is "
+                "passed on as an adapter. The server must be able to read its folder (under TMPDIR) and must have been "
+                f"started with LoRA and its rank. Serve with `{HOW_TO_SERVE}`, on this machine or with TMPDIR "
+                "on a disk that both see."
             ) from refused
 
     def _check_logprobs_mode(self) -> None:
@@ -365,7 +366,7 @@ class VllmEngine:
         if least < -SURE:
             raise ConfigError(
                 f"rollout.server: {self._server.address} gives log-probabilities before temperature and top-p ({least:.3g} nats "
-                "for the only choice). Ours are those after them. Serve with --logprobs-mode processed_logprobs."
+                "for a single choice), but those after them are needed. Serve with --logprobs-mode processed_logprobs."
             )
 
     @torch.no_grad()
@@ -381,8 +382,8 @@ class VllmEngine:
         distance = float((own_1T1.flatten() - served_T).abs().mean())
         if not distance <= MOST_DISAGREEMENT:
             raise ConfigError(
-                f"rollout.server: {self._server.address} gives other probabilities than the policy, by {distance:.2g} nats "
-                f"a token ('{self._base}'). Answers must come from the policy itself. Serve "
+                f"rollout.server: {self._server.address} gives log-probabilities that differ from the policy's by "
+                f"{distance:.2g} nats per token ('{self._base}'). Answers must come from the policy itself. Serve "
                 f"'{without_wrapper(model).name_or_path}', with the recipe's rope scaling, in the same number format."
             )
 
@@ -404,9 +405,9 @@ class VllmEngine:
         if from_old < from_new and float(own_N.norm()) > DISTINCT * rounding:
             raise ServerError(
                 f"{self._server.address}: the server answers with older weights than those of the adapter '{self._adapter}'. "
-                f"Scores of a fixed text changed by {float(own_N.abs().mean()):.2g} nats a token with the new weights, and by "
-                f"{float(served_N.abs().mean()):.2g} on the server. Answers must come from the present policy. Restart the "
-                "server, with the version and the options of docs/vllm.md, and run the command again."
+                f"Scores of a fixed text changed by {float(own_N.abs().mean()):.2g} nats per token with the new "
+                f"weights, and by {float(served_N.abs().mean()):.2g} on the server. Answers must come from the current "
+                "policy. Restart the server with the version and options of docs/vllm.md, and run the command again."
             )
 
     @torch.no_grad()
@@ -450,22 +451,22 @@ class VllmEngine:
             return request(*arguments)
         except RefusedError as refused:
             raise ConfigError(
-                f"rollout.server_gib: {self._server.address}{arguments[-1]} is refused ({refused}). With it the server is on the "
-                "card that trains, and sleeps while there is nothing to sample. Serve also with "
+                f"rollout.server_gib: {self._server.address}{arguments[-1]} is refused ({refused}). With this key, the "
+                "server is on the training card and sleeps while nothing is sampled. Also start it with "
                 f"{HOW_TO_SLEEP}, or set server_gib to null for a server on another card."
             ) from refused
 
     def _refusal(self, refused: RefusedError) -> ServerError:
         return ServerError(
-            f"{self._server.address}/v1/completions: the server refuses ({refused}). The request is as vLLM documents it "
-            f"(docs/vllm.md), and it had the model '{self._adapter or self._base}' when this command began. Follow the "
-            "message, look into the server's log, and run the command again."
+            f"{self._server.address}/v1/completions: the server refuses ({refused}). The request follows vLLM's "
+            f"documentation (docs/vllm.md), and the server had the model '{self._adapter or self._base}' when this "
+            "command began. Follow the message, read the server's log, and run the command again."
         )
 
     def _strange(self, what: str) -> ServerError:
         return ServerError(
-            f"{self._server.address}: {what}. An answer is taken only whole, with an id and a log-probability for each "
-            "token, as vLLM documents it. Serve with the version and the options of docs/vllm.md, with nothing between."
+            f"{self._server.address}: {what}. An answer must be complete, with an id and a log-probability for each "
+            "token, as vLLM documents it. Serve with the version and the options of docs/vllm.md, without a proxy."
         )
 
 

@@ -224,7 +224,7 @@ def load_user_function(name: FunctionName) -> UserFunction:
         del sys.modules[module_name]
         raise ConfigError(
             f"scoring.combine: {_place_of(error, path) or path}: the file cannot be run: {_words_of(error)}. The reward"
-            f" function is taken from it. Correct it; `python {path}` shows the whole error."
+            f" function is loaded from it. Correct it; `python {path}` shows the whole error."
         ) from error
     function = getattr(module, name.function, None)
     if not callable(function):

@@ -167,7 +167,7 @@ _BOUNDS = (
         change="Lower ppo.learning_rate or ppo.epochs, or raise ppo.responses_per_minibatch.",
     ),
     _Bound(
-        rule="Many answers are cut",
+        rule="Many answers are truncated",
         metric="ppo/truncated_fraction",
         is_crossed=lambda value, _: value > 0.3,
         seen="{value:.0%} of the answers reach the length limit at iteration {step}; at first it was {first:.0%}.",

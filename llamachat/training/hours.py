@@ -63,9 +63,9 @@ class Hours:
             return False
         self.ended_by = distributed.broadcast_object(self._ending())
         if self.ended_by == "max_hours":
-            log.warning("%s: %s (%g) are over at %s", self.step, self.key, self.limit, where)
+            log.warning("%s: %s (%g) is used up at %s", self.step, self.key, self.limit, where)
         elif self.ended_by == "run.max_hours":
-            log.warning("%s: %s are over at %s", self.step, self.key, where)
+            log.warning("%s: %s is used up at %s", self.step, self.key, where)
         return self.ended_by is not None
 
     def _ending(self) -> EndedBy | None:

@@ -78,7 +78,7 @@ class Training(Protocol):
         ...
 
     def trainer(self, arguments: dict[str, Any], **parts: Any) -> AtomicCheckpoints:
-        """TRL's trainer with these arguments of its configuration, made of these parts."""
+        """TRL's trainer, built from these parts with these arguments of its configuration."""
         ...
 
     def progress(self, step: int) -> dict[str, float]:

@@ -185,7 +185,7 @@ def _run(
         print(tables)
     if ran.left:
         print(
-            f"run.max_hours ({recipe.run.max_hours:g}) are over. Not started: {', '.join(ran.left)}. The same command"
+            f"run.max_hours ({recipe.run.max_hours:g}) is used up. Not started: {', '.join(ran.left)}. The same command"
             " runs them, for as many hours again; without run.max_hours it runs to the end."
         )
         raise typer.Exit(HOURS_ARE_OVER)

@@ -101,7 +101,7 @@ def _in_a_process(estimate: Estimate, command: str) -> Estimate:
     activations = estimate.memory.get("activations", 0)
     covered = round(COVERED_BY_ACTIVATIONS.get(command, 1.0) * activations)
     own = max(0, round(GIB_OF_A_PROCESS.get(command, GIB_OF_ANOTHER_PROCESS) * 2**30) - covered)
-    return replace(estimate, memory=estimate.memory | {"the process beside tensors": own})
+    return replace(estimate, memory=estimate.memory | {"the process besides tensors": own})
 
 
 def card(recipe: Recipe) -> Gpu | None:

@@ -278,7 +278,7 @@ def test_what_is_left_out_is_counted_by_its_reason(tiny_format: ChatFormat) -> N
     assert counted_drops(talk) == {
         "dialogs left out: the instruction and one turn are longer than the context": 1,
         "dialogs left out: with the instruction in every turn they are longer than the context": 1,
-        "dialogs left out: an answer is empty, or cut by the length limit": 3,
+        "dialogs left out: an answer is empty, or truncated at the length limit": 3,
     }
 
 

@@ -129,5 +129,5 @@ def test_a_pipe_that_cannot_be_copied_is_reported(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfileobj", full)
-    with pytest.raises(UsageError, match=r"cannot be read whole \(No space left on device\).*TMPDIR"):
+    with pytest.raises(UsageError, match=r"cannot be read to its end \(No space left on device\).*TMPDIR"):
         regular_file(fed(LINES))

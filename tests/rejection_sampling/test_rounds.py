@@ -128,7 +128,7 @@ def test_the_manifest_says_what_was_read_and_left_out(first: First) -> None:
         done and not text.strip() for group in training for done, text in zip(group.finished, group.texts, strict=True)
     )
     dropped = manifest.dropped_records
-    assert dropped["answers left out: cut by the length limit"] == unfinished > 0
+    assert dropped["answers left out: truncated at the length limit"] == unfinished > 0
     assert dropped["answers left out: empty, or with a tag of the chat format"] >= empty > 0
     assert manifest.details["dialogs"] == len(read_lines(first.step.dialogs / "dialogs.jsonl"))
     assert manifest.details["temperatures"] == [1.0] and manifest.inputs.keys() == {"base", "reward_function"}

@@ -99,7 +99,7 @@ def test_without_name_token_access_or_network_nothing_is_begun(
 
 def test_a_failed_upload_names_the_whole_export_and_a_foreign_file_does_not_go_up(api: FakeApi, tmp_path: Path):
     api.error = ConnectionError("reset")
-    with pytest.raises(HubError, match=r"failed \(reset\)\. The export in .*out is whole\. .*me/chat .*out --private`"):
+    with pytest.raises(HubError, match=r"failed \(reset\)\. The export in .*out is complete.*me/chat .*out --private`"):
         Destination("me/chat", True).push(exported(tmp_path / "out", "other"))
     with pytest.raises(HubError, match=r"samples\.jsonl: no export writes such a file"):
         Destination("me/chat", True).push(exported(tmp_path / "more", "other", "samples.jsonl"))

@@ -121,7 +121,7 @@ def draw_curve(log: Path, png: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.5), dpi=100)
     axes.plot(steps, [losses[step] for step in steps], color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth, color="tab:blue")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", ylim=(min(smooth) - 0.3, 6.0))
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(min(smooth) - 0.3, 6.0))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(png)

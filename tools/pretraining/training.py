@@ -64,7 +64,7 @@ def _encode_stream(config: Config, trained: list[Document], run: Path) -> np.nda
             parts += [bos, ids[id(document)], eos if document.is_end else nothing]
         total = sum(len(part) for part in parts)
         lap += 1
-    log.info("one pass over the mix: %d tokens; passes made: %d", total // lap, lap)
+    log.info("one pass over the mix: %d tokens; number of passes: %d", total // lap, lap)
     return np.concatenate(parts)
 
 

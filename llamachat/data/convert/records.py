@@ -209,8 +209,8 @@ def _pair(row: _Row) -> dict[str, Any]:
     if _texts(shared) != _texts(whole["rejected"][:-1]):
         raise DialogError(
             "rejected",
-            "parts from 'chosen' before the last answer, but a pair compares two answers to one prompt.",
-            "Cut both where they part, or drop the record.",
+            "differs from 'chosen' before the last answer, but a pair compares two answers to one prompt.",
+            "Truncate both where they start to differ, or drop the record.",
         )
     if any(len(turns) > 1 for turns in sides.values()):
         row.notes.add(Repair.WHOLE_DIALOGS)
@@ -266,7 +266,7 @@ def _agreed(shared: list[Message], prompt: list[Message]) -> list[Message]:
         raise DialogError(
             "chosen",
             "and 'rejected' do not start with 'prompt', but a pair shares its prompt.",
-            "Keep the answers to 'prompt' alone, or drop the record.",
+            "Keep only the answers to 'prompt', or drop the record.",
         )
     return [*systems[:1], *(message for message in shared if message.role != "system")]
 

@@ -48,7 +48,7 @@ def tree_of_messages(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     for row in rows:
         name = as_text(row["message_id"], "message_id")
         if name in nodes:
-            reason = f"{name!r} occurs twice in one tree, but a message has an id of its own."
+            reason = f"{name!r} occurs twice in one tree, but each message needs its own id."
             raise DialogError("message_id", reason, "Remove one of the two rows.")
         nodes[name] = {**row, "replies": []}
     roots = []
@@ -61,14 +61,14 @@ def tree_of_messages(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         else:
             raise DialogError(
                 "parent_id",
-                f"{parent!r} is no message of the tree's neighbouring rows, but a tree is read as a whole.",
+                f"{parent!r} is not a message in the tree's adjacent rows, but a tree is read as a whole.",
                 "Sort the file by 'message_tree_id', or add the missing row.",
             )
     if len(roots) != 1:
-        reason = f"is null in {len(roots)} messages of one tree, but one message of a tree answers none."
+        reason = f"is null in {len(roots)} messages of one tree, but exactly one message of a tree must have no parent."
         raise DialogError("parent_id", reason, "Correct or remove the tree's rows.")
     if not _is_whole(roots[0], len(nodes)):
-        reason = f"makes no tree of these messages, or one of more than {_DEEPEST} turns."
+        reason = f"does not make a tree of these messages, or makes one of more than {_DEEPEST} turns."
         raise DialogError("parent_id", reason, "Correct or remove the tree's rows.")
     return {"message_tree_id": rows[0]["message_tree_id"], "prompt": roots[0]}
 

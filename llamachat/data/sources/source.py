@@ -258,9 +258,9 @@ def pair_of_dialogs(chosen: Sequence[dict[str, str]], rejected: Sequence[dict[st
     if chosen[:-1] != rejected[:-1]:
         raise DialogError(
             "rejected",
-            "parts from 'chosen' before the last answer. A pair must share its prompt, since the loss compares two answers "
-            "to one question.",
-            "Cut both where they part, or remove the row.",
+            "differs from 'chosen' before the last answer. A pair must share its prompt, since the loss compares two "
+            "answers to one question.",
+            "Truncate both where they start to differ, or remove the row.",
         )
     return pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], **labels)
 

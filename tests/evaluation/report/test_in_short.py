@@ -46,7 +46,9 @@ def test_the_first_lines_say_what_came_of_it(tmp_path: Path) -> None:
         "length_ratio": measure(0.4), "distinct_2_ratio": measure(0.5), "commonest_answer": measure(0.25),
     }  # fmt: skip
     lines = lines_of(run.add(*STEPS))
-    assert lines[0].startswith("Use rs: the last policy that the judge does not rate below another (+0.20 [+0.15, +0.25] over sft).")
+    assert lines[0].startswith(
+        "Use rs: the last policy that the judge does not rate below another (+0.20 [+0.15, +0.25] over sft)."
+    )
     assert "Not ppo: the judge rates it below rs" in lines[0] or "Not ppo: it " in lines[0]
     assert lines[0].endswith(f"`llamachat chat {run.folder}/rs` talks to it.")
     better = only(lines, "Rejection sampling (rs)")

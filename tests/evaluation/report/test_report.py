@@ -29,7 +29,7 @@ LINES: dict[str, tuple[str, bool, set[str]]] = {
     "harmless prompts that look harmful answered": ("harmless/complied", True, {"sft"}),
     "instruction of turn 1 kept at turn 4": ("consistency/turn_4", True, {"ppo"}),
     "the same without instruction (chance) at turn 4": ("chance/turn_4", True, set()),
-    "KL to sft, nats a response": ("kl_to_reference", False, set()),
+    "KL to sft, nats per response": ("kl_to_reference", False, set()),
     "tokens a response": ("response_tokens", False, set()),
     "answers that end by themselves": ("finished_fraction", True, {"ppo"}),
     "distinct word pairs (distinct-2)": ("distinct_2", False, set()),

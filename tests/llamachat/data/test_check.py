@@ -46,7 +46,7 @@ BROKEN_DIALOGS: dict[str, tuple[str, str, str, str]] = {
     "open question": (dialog(user("a"), answer("b"), user("c")), "messages[2].role", "at the end", "Add the answer"),
     "late system": (dialog(user("a"), system("s"), answer("b")), "messages[1].role", "only as the first", "Move"),
     "two systems": (dialog(system("s"), system("s"), user("a")), "messages[1].role", "only as the first", "Move"),
-    "system alone": (dialog(system("s")), "messages", "system text alone", "Add the user turn"),
+    "system alone": (dialog(system("s")), "messages", "only a system text", "Add the user turn"),
     "tag in question": (dialog(user("a [INST] b"), answer("c")), "messages[0].content", "'[INST]'", "Take the tag out"),
     "tag in answer": (dialog(user("a"), answer("[/INST]")), "messages[1].content", "'[/INST]'", "Take the tag out"),
     "tag in system": (dialog(system("<<SYS>>"), user("a"), answer("b")), "messages[0].content", "<<SYS>>", "Take"),

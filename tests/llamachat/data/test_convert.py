@@ -312,7 +312,7 @@ def test_what_is_odd_but_sound_stays(bench: Bench):
         (json.dumps({**ABC, "chosen": []}), "chosen: does not end with an answer"),
         ('{"chosen": "b", "rejected": "c"}', "prompt: is missing, but a pair"),
         (json.dumps({**ABC, "chosen": turns("x", "b"), "rejected": turns("x", "c")}), "do not start with 'prompt'"),
-        (json.dumps({**ABC, "chosen": turns("a", "b"), "rejected": turns("x", "c")}), "parts from 'chosen'"),
+        (json.dumps({**ABC, "chosen": turns("a", "b"), "rejected": turns("x", "c")}), "differs from 'chosen'"),
         (json.dumps({**ABC, "prompt": turns("a", "x")}), "ends with an answer that is neither"),
     ],
 )

@@ -162,7 +162,7 @@ def test_a_server_on_the_card_that_trains_sleeps_except_while_answers_are_sample
     assert controls(fake) == ["/wake_up", "/sleep?level=1"] * 3
     (name,) = fake.adapters
     fake.adapters[name] = fake.model
-    with pytest.raises(ServerError, match=rf"since it slept the server gives other .* nats a token \('{name}'\)"):
+    with pytest.raises(ServerError, match=rf"after sleeping, the server's .* nats per token \('{name}'\)"):
         scatter_generate(engine, PROMPTS, samples_per_prompt=1, sampling=GREEDY)
 
 
@@ -338,7 +338,7 @@ TWELVE = logprobs(*[-1.0] * 12)
         (choice(token_ids=[], logprobs=logprobs(), finish_reason="stop"), "0 tokens that ends by 'stop'"),
         (lambda answer: answer | {"choices": answer["choices"] * 2}, "not one answer where one was asked for"),
         (lambda answer: [answer], "not one answer where one was asked for"),
-        (lambda answer: "<html>", r"/v1/completions: the answer is no JSON \(b'<html>'\)"),
+        (lambda answer: "<html>", r"/v1/completions: the answer is not JSON \(b'<html>'\)"),
     ],
 )
 def test_an_answer_that_is_not_whole_is_not_taken(
@@ -367,7 +367,9 @@ def test_a_refusal_of_the_server_is_quoted(fake: FakeVllm) -> None:
     with pytest.raises(ServerError, match=r"HTTP 400: This model's maximum context length is 10 tokens\."):
         engine.generate(PROMPTS[2:3], samples_per_prompt=1, sampling=GREEDY)
     fake.adapters.clear()
-    with pytest.raises(ServerError, match=r"HTTP 404.*it had the model 'llamachat-\w+-1'.*run the command again"):
+    with pytest.raises(
+        ServerError, match=r"HTTP 404.*the server had the model 'llamachat-\w+-1'.*run the command again"
+    ):
         engine.generate(PROMPTS[:1], samples_per_prompt=1, sampling=GREEDY)
     fake.before = refuse("/v1/completions", 500, "")
     with pytest.raises(ServerError, match=r"HTTP 500: no message"):
@@ -390,7 +392,7 @@ NO_FOLDER = {"error": {"message": "No adapter found for /tmp/x", "type": "NotFou
             ConfigError,
             "before temperature and top-p .*--logprobs-mode processed_logprobs",
         ),
-        ({"model": tiny_llama(seed=1)}, LORA, ConfigError, r"other probabilities than the policy, by [0-9.]+ nats"),
+        ({"model": tiny_llama(seed=1)}, LORA, ConfigError, r"differ from the policy's by [0-9.]+ nats"),
         ({"before": refuse("/v1/models", 200, {"data": []})}, LORA, ServerError, "a list of models without a base"),
         (
             {"before": refuse("/v1/models", 404, {"detail": "Not Found"})},

@@ -73,7 +73,10 @@ def test_a_runs_policy_is_chosen_by_its_evaluation(tmp_path: Path) -> None:
     run.add("eval")  # the judge: rs -0.03 +- 0.04, ppo -0.2 +- 0.04
     policy, why = recommended_policy(run.folder) or pytest.fail("there are policies")
     assert policy.manifest.step == "rs"
-    assert "(-0.03 [-0.07, +0.01] over sft)" in why and "not ppo: the judge rates it below sft (-0.20 [-0.24, -0.16])" in why
+    assert (
+        "(-0.03 [-0.07, +0.01] over sft)" in why
+        and "not ppo: the judge rates it below sft (-0.20 [-0.24, -0.16])" in why
+    )
     run.add("gatt")  # later than the evaluation
     policy, why = recommended_policy(run.folder) or pytest.fail("there are policies")
     assert policy.manifest.step == "rs" and "not evaluated: gatt" in why

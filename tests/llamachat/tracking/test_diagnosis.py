@@ -77,7 +77,7 @@ SICK: list[tuple[str, dict[str, Callable[[float], float]], int]] = [
     ("Entropy collapses", {"entropy": lambda x: 2.0 - 1.5 * x}, 28),  # half of the first 1.9625 at 27.2
     ("The critic explains nothing", {"explained_variance": lambda x: -0.1 if x > 0.5 else 0.3}, 21),
     ("Many tokens are clipped", {"clip_fraction": lambda x: 0.5 * x}, 25),  # 0.3 at 24
-    ("Many answers are cut", {"truncated_fraction": lambda x: 0.39 * x}, 31),  # 0.3 at 30.8
+    ("Many answers are truncated", {"truncated_fraction": lambda x: 0.39 * x}, 31),  # 0.3 at 30.8
     ("Answers get shorter", {"response_tokens": lambda x: 40 - 25 * x}, 15),  # 32 at 12.8
     ("Answers get longer", {"response_tokens": lambda x: 40 + 40 * x}, 25),  # 60 at 20
     ("Answers lose variety", {"distinct_2": lambda x: 0.68 - 0.37 * x}, 15),  # 0.578 at 11.03

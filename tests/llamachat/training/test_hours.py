@@ -99,11 +99,11 @@ STAGES: dict[str, Any] = {"sft": sft, "rm/helpfulness": reward, "ppo": ppo}
 @pytest.mark.parametrize(
     ("make", "limits", "ended_by", "words"),
     [
-        (tuning, {"max_hours": TINY}, "max_hours", "sft: sft.max_hours (1e-09) are over at step 1"),
-        (tuning, {"deadline": 0.0}, "run.max_hours", "sft: run.max_hours are over at step 1"),
-        (ranking, {"max_hours": TINY}, "max_hours", "rm/helpfulness: reward.max_hours (1e-09) are over at step 1"),
-        (playing, {"max_hours": TINY}, "max_hours", "ppo: ppo.max_hours (1e-09) are over at iteration 1"),
-        (playing, {"deadline": 0.0}, "run.max_hours", "ppo: run.max_hours are over at iteration 1"),
+        (tuning, {"max_hours": TINY}, "max_hours", "sft: sft.max_hours (1e-09) is used up at step 1"),
+        (tuning, {"deadline": 0.0}, "run.max_hours", "sft: run.max_hours is used up at step 1"),
+        (ranking, {"max_hours": TINY}, "max_hours", "rm/helpfulness: reward.max_hours (1e-09) is used up at step 1"),
+        (playing, {"max_hours": TINY}, "max_hours", "ppo: ppo.max_hours (1e-09) is used up at iteration 1"),
+        (playing, {"deadline": 0.0}, "run.max_hours", "ppo: run.max_hours is used up at iteration 1"),
     ],
 )
 def test_a_training_ends_after_its_first_step_and_its_weights_have_moved(
@@ -251,7 +251,7 @@ def test_batches_are_made_until_the_hours_are_over_and_those_held_out_in_any_cas
     clock.now += 100_000
     again = step()
     assert make_all(again) == [(3, False), (7, False), (11, False), (10, True)] and sampled == [1, 2, 3, 6]
-    assert again.dropped == {"prompts left out: rejection_sampling.max_hours are over": 3}
+    assert again.dropped == {"prompts left out: rejection_sampling.max_hours is used up": 3}
     assert len(make_all(step())) == 4 and len(sampled) == 4
 
 
@@ -301,10 +301,10 @@ def test_what_was_sampled_is_learnt(
         (artifact,) = run_command(load(recipe, [f"{section}.max_hours={TINY}"]), command)
     dialogs = read_artifact(StepFolder(artifact.path.parent).dialogs, "dialogs").manifest
     left_out = {reason: count for reason, count in dialogs.dropped_records.items() if "max_hours" in reason}
-    assert list(left_out) == [f"{what} left out: {section}.max_hours are over"] and min(left_out.values()) > 0
+    assert list(left_out) == [f"{what} left out: {section}.max_hours is used up"] and min(left_out.values()) > 0
     assert dialogs.details["ended_by"] == artifact.manifest.details["ended_by"] == "max_hours"
-    assert f"{command}: {section}.max_hours (1e-09) are over at batch 1 of" in caplog.text
-    assert f"{left_out.popitem()[1]} {what} left out: {section}.max_hours are over" in caplog.text
+    assert f"{command}: {section}.max_hours (1e-09) is used up at batch 1 of" in caplog.text
+    assert f"{left_out.popitem()[1]} {what} left out: {section}.max_hours is used up" in caplog.text
     assert steps_of(artifact) and "sft.max_hours" not in caplog.text, "the tuning has hours of its own"
     batches = sorted(path.name for path in StepFolder(artifact.path.parent).sampling.glob("batch-*.json"))
     assert batches[0] == "batch-00001.json" and "batch-00002.json" not in batches and len(batches) >= 2
@@ -338,7 +338,7 @@ def test_when_the_commands_hours_are_over_no_further_step_is_begun_and_the_same_
         said = capsys.readouterr().out
         words.append(said.splitlines()[-1])
     assert begun == {"sft": 1, "sft-2": 1, "sft-3": 1}
-    assert words[0].startswith("run.max_hours (1e-09) are over. Not started: sft-2, sft-3. The same command runs")
+    assert words[0].startswith("run.max_hours (1e-09) is used up. Not started: sft-2, sft-3. The same command runs")
     assert "Not started: sft-3." in words[1] and words[2].startswith("All steps are done.")
     assert words[3] == words[2] and f"nothing to do: all 3 steps are done already ({tmp_path}/runs/one)\n" in said
 

@@ -74,11 +74,11 @@ def test_the_plan_says_what_a_named_model_on_another_trunk_costs(path: Path, tmp
     recipe = load(path, [f"scoring.helpfulness={other}"])
     (planned,) = make_plan(recipe, "ppo")
     assert planned.estimate is not None
-    size = planned.estimate.memory["helpfulness reward model beside the trunk"]
+    size = planned.estimate.memory["helpfulness reward model next to the trunk"]
     shape = Shape(64, 128, 2, 4, 2, SHAPE["vocab_size"])
     assert size == 2 * (shape.headless().weights + 64)
     text = plan_text(recipe, [planned])
-    assert "helpfulness reward model beside the trunk" in text and "safety reward model beside" not in text
+    assert "helpfulness reward model next to the trunk" in text and "safety reward model next" not in text
 
 
 # -- how much data there is

@@ -237,7 +237,7 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_bank(
     config = PpoConfig(**(rloo if critic == "none" else {"critic": critic}))
     memory = ppo_memory(config, where, Rollout(), seating)
     in_bank = ("trunk", "policy's own weights", "critic's own weights", "adapters and heads")
-    loaded = sum(size for name, size in memory.items() if name in in_bank or "beside" in name)
+    loaded = sum(size for name, size in memory.items() if name in in_bank or "next to the trunk" in name)
     assert loaded == pytest.approx(weight_bytes(bank), rel=1e-3)
     trained = {role: sum(weight.numel() for weight in group) for role, group in bank.trainable().items()}
     state = 8 + (4 if width == 2 else 0)  # two moments, and masters where the weights are not fp32

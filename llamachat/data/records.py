@@ -262,8 +262,8 @@ class _Parser:
         is_safe = self.boolean(row, "is_safe")
         if not is_context and label_of(row) is False:
             self.note(*BAD_ANSWER)
-        is_learnt = is_context or any(message.train is not False for message in messages if message.role == "assistant")
-        if messages and not self.problems and not is_learnt:
+        is_usable = is_context or any(message.train is not False for message in messages if message.role == "assistant")
+        if messages and not self.problems and not is_usable:
             self.note(
                 "messages",
                 "has 'train': false on every answer, so there is nothing to learn.",

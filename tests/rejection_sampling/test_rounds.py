@@ -32,11 +32,11 @@ TELLING = """
 import json
 
 def score(prompts, completions, scores, **columns):
-    found = [text.count("t") + text.count("a") / 8 for text in completions]
+    values = [text.count("t") + text.count("a") / 8 for text in completions]
     with open("{log}", "a") as stream:
-        for messages, text, one in zip(prompts, completions, found):
+        for messages, text, one in zip(prompts, completions, values):
             stream.write(json.dumps([messages[-1]["content"], text, one]) + chr(10))
-    return found
+    return values
 """
 TWO_ROUNDS: list[Any] = ["rs", {"rs": {"name": "rs-2"}}]
 

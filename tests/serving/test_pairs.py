@@ -167,13 +167,13 @@ def test_a_page_rates_pairs_by_keyboard_and_saves_what_rated_pairs_reads(
     rated, written = ([json.loads(line) for line in text.split("\n")[:-1]] for text in (done.stdout, out.read_text()))
     origin = ("policy_", "temperature_")
     pairs = [{key: value for key, value in row.items() if not key.startswith(origin)} for row in written]
-    given = [
+    ratings = [
         {"choice": "a", "rating": "significantly_better", "a_is_safe": True, "b_is_safe": False},
         {},
         {"choice": "b", "rating": "better"},
         {},
     ]
-    assert rated == [pair | more for pair, more in zip(pairs, given, strict=True)]
+    assert rated == [pair | more for pair, more in zip(pairs, ratings, strict=True)]
     sources = [DataSource(path=str(tmp_path / "rated.jsonl"))]
     read = load_mixture(sources, NO_SPLIT, Preference, forbidden=tiny_format.forbidden, seed=0).train
     assert [(one.rating, one.chosen_is_safe, one.rejected_is_safe) for one in read] == [

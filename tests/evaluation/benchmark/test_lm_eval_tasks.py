@@ -121,17 +121,17 @@ def test_lm_evaluation_harness_asks_for_these_ids(name: str, chat_format: ChatFo
     here = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files, "training_split": None}
     if name == "hellaswag":
         del values["process_docs"]  # the row is as it leaves it
-    asked = ConfigurableTask(config=values | here | ({} if "test_split" in values else {"test_split": None}))
+    task = ConfigurableTask(config=values | here | ({} if "test_split" in values else {"test_split": None}))
     tokenizer = fast_tokenizer(chat_format, tmp_path / "tokenizer")
 
     def template(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
 
-    asked.build_all_requests(
+    task.build_all_requests(
         limit=1, rank=0, world_size=1, apply_chat_template=True, chat_template=template, tokenizer_name="ours"
     )
-    assert len(asked.instances) >= 2
-    text = asked.doc_to_text(asked.eval_docs[0])
-    for instance in asked.instances:
+    assert len(task.instances) >= 2
+    text = task.doc_to_text(task.eval_docs[0])
+    for instance in task.instances:
         context, choice = instance.args
         assert encode_pair(tokenizer, context, choice) == trained_ids(chat_format, text, choice)

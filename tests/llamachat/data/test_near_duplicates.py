@@ -55,12 +55,12 @@ def test_the_index_finds_what_comparing_all_pairs_finds():
     texts = random_texts(200, length=25, edits=5)
     sketches = [sketch_of(dialog(text)) for text in texts]
     index = NearIndex(sketches)
-    found = []
+    has_near = []
     for number in range(200):
-        found.append(index.find(number) is not None)
+        has_near.append(index.find(number) is not None)
         index.add(number)
     expected = [any(jaccard(texts[a], texts[b]) >= SIMILARITY for b in range(a)) for a in range(200)]
-    assert found == expected and 0 < sum(expected) < 200
+    assert has_near == expected and 0 < sum(expected) < 200
 
 
 def test_case_punctuation_and_system_text_do_not_count_and_rejected_answers_neither():

@@ -36,8 +36,8 @@ TEN_LINES = """
 
     def score(prompts, completions, scores, **columns):
         brief = [len(text) <= Limit(9).words for text in completions]
-        asked = [messages[-1]["content"].endswith("1") for messages in prompts]
-        return [h + b + 10 * a + 100 * s for h, b, a, s in zip(scores["helpfulness"], brief, asked, columns["is_safety"])]
+        ends_with_one = [messages[-1]["content"].endswith("1") for messages in prompts]
+        return [h + b + 10 * a + 100 * s for h, b, a, s in zip(scores["helpfulness"], brief, ends_with_one, columns["is_safety"])]
 """
 
 

@@ -123,8 +123,8 @@ def _plan_step(recipe: Recipe, step: Step, to_run: set[str], reused: Mapping[str
         if earlier.name in to_run and earlier.product.makes.kind in step.stage.surveys:
             awaited |= {f"{earlier.product.makes} of '{earlier.name}'": earlier.name}
     if awaited:
-        why = f"runs after {' and '.join(repr(name) for name in dict.fromkeys(awaited.values()))}"
-        inputs = ", ".join(awaited) + ", when finished"
+        inputs = ", ".join(awaited)
+        why = f"runs after {inputs}"
         if is_published(recipe.folder(step)) and not step.stage.surveys:
             why += "; its current result was made from another one and would then be refused as changed"
         return PlannedStep(step.name, "waits", why, inputs, estimate, warnings)

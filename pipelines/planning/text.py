@@ -23,7 +23,9 @@ def plan_text(recipe: Recipe, planned: Sequence[PlannedStep], *, hours: float | 
     gpu = card(recipe)
     lines = [f"Plan of {recipe.run.dir}:"]
     for step in planned:
-        lines += [f"  {step.name}: {step.verdict}, {step.why}", f"    from {step.inputs}"]
+        lines.append(f"  {step.name}: {step.verdict}, {step.why}")
+        if step.verdict != "waits":  # then the reason names them
+            lines.append(f"    from {step.inputs}")
         if step.will_run:
             lines += [f"    {line}" for line in _cost(recipe, step.estimate, gpu)]
             lines += [f"    warning: {warning}" for warning in step.warnings]
@@ -51,14 +53,14 @@ def _cost(recipe: Recipe, estimate: Estimate | None, gpu: Gpu | None) -> Iterato
         yield "optimizer steps and hours: unknown before the download (a 'limit' on each hub set bounds them)"
     if not estimate.memory:
         return
-    peak = estimate.peak_bytes / GIB
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in estimate.memory.items() if size)
     of_each = " of each card" if gpu and gpu.count > 1 else ""
-    yield f"memory, estimated: about {peak:.2f} GiB at the peak{of_each} ({parts})"
+    fits = ""
     if gpu is not None:
-        verdict = "fits" if estimate.peak_bytes <= gpu.usable_bytes else "does not fit"
         usable = f"{gpu.usable_bytes / GIB:.1f} of {gpu.gib:g} GiB"
-        yield f"{verdict} {gpu}: {peak:.1f} GiB, and a step should need at most {usable}"
+        verdict = "fits" if estimate.peak_bytes <= gpu.usable_bytes else "does not fit"
+        fits = f", {verdict} {gpu} (a step should need at most {usable})"
+    yield f"memory, estimated: {estimate.peak_bytes / GIB:.2f} GiB at the peak{of_each}{fits}: {parts}"
 
 
 def _table(recipe: Recipe, planned: Sequence[PlannedStep], gpu: Gpu | None) -> list[str]:

@@ -204,7 +204,8 @@ def _next_command(recipe: "Recipe", config: Path, overrides: Sequence[str]) -> s
 
     unfinished = [step for step in recipe.steps if not is_published(recipe.folder(step))]
     if not unfinished:
-        return f"All steps are done. Try: llamachat chat {quote(recipe.run.dir)} -m 'Hello, who are you?'"
+        words = f'{quote(recipe.run.dir)} -m "Hello, who are you?"'.replace("$", "$$")
+        return f"All steps are done. Try: make chat ARGS={quote(words)}"
     settings = [] if config == TINY else [f"CONFIG={quote(str(config))}"]
     if overrides:
         settings.append(f"ARGS={quote(join(overrides).replace('$', '$$'))}")  # make expands dollars

@@ -38,10 +38,12 @@ from pipelines.planning.hardware import (
     requirements,
     shortfalls,
 )
+from pipelines.planning.side_by_side import side_by_side
 from pipelines.recipe.recipe import Recipe, load
 
 Verdict = Literal["ok", "note", "FAIL"]
 NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+_HAS_WEIGHTS = ("policy", "reward_model")
 CHECKPOINTS = 3  # two that are kept, and the one being written
 _TORCH_PAGE = "(https://pytorch.org/get-started)"
 BF16_SINCE = (8, 0)  # compute capability of the first cards with bf16 arithmetic (Ampere)
@@ -179,6 +181,8 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
             yield Finding("card", "note", problem, "" if there.fits else way_to_fit(recipe, meant))
     for step in recipe.steps:
         estimate = estimate_step(recipe, step, gpu)
+        if estimate is not None and not estimate.memory:
+            continue
         if estimate is None:
             yield Finding("memory", "note", f"{step.name}: no estimate until the base's config.json is local")
             continue
@@ -201,12 +205,17 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
         return
     run, width = Path(recipe.run.dir), BYTES[recipe.base.dtype]
     needs: list[tuple[Path, float, str]] = []
-    for step in recipe.steps:
-        if is_published(recipe.folder(step)):
-            continue
-        trained = shape.trained_weights(step.tuning)
-        state = trained * (width + (8 if width == 4 else 12))
-        needs.append((run, CHECKPOINTS * state + trained * width, f"{step.name}: checkpoints and result"))
+    steps = [step for step in recipe.steps if step.product.makes.kind in _HAS_WEIGHTS]
+    trained = {step.name: shape.trained_weights(step.tuning) for step in steps if not is_published(recipe.folder(step))}
+    if trained:
+        of_states = width + (8 if width == 4 else 12)
+        groups = side_by_side(recipe, [step for step in steps if step.name in trained])
+        # A finished step drops its checkpoints, so those of steps that run at once count.
+        at_once = [sum(sorted(trained[step.name] for step in group.steps)[-group.jobs :]) for group in groups]
+        most = sum(trained.values()) if recipe.run.keep_checkpoints else max(at_once)
+        needs.append((run, CHECKPOINTS * of_states * most, "checkpoints"))
+        results = f"results of {plural(len(trained), 'step')}"
+        needs.append((run, width * sum(trained.values()), results))
     known = KNOWN_BASES.get(split_revision(recipe.base.model)[0])
     if known is not None and not Path(recipe.base.model).exists() and not is_cached(recipe.base.model):
         from huggingface_hub import constants
@@ -292,20 +301,26 @@ def _weights(folder: Path, name: str) -> Iterator[Finding]:
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
     keys = dict.fromkeys(key for step in recipe.steps for key in step.product.data)
+    unreached: dict[tuple[str, str], list[str]] = {}  # by the reason and the fix
     for source in (source for key in keys for source in getattr(recipe.data, key)):
         hub_data = hub_set(source.path)
         if hub_data is not None:
             reach = reach_data(hub_data.name)
-            verdict: Verdict = "ok" if reach.state == "open" else "note" if reach.state == "offline" else "FAIL"
-            words = {"ok": f"the hub has '{hub_data.name}'; its split '{hub_data.split}' is read at the start"}
-            words["note"] = f"{reach.reason}: '{hub_data.name}' is not checked"
-            yield Finding("data", verdict, words.get(verdict, reach.reason), reach.fix)
+            if reach.state == "offline":
+                unreached.setdefault((reach.reason, reach.fix), []).append(f"'{hub_data.name}'")
+            elif reach.state == "open":
+                problem = f"the hub has '{hub_data.name}'; its split '{hub_data.split}' is read at the start"
+                yield Finding("data", "ok", problem, reach.fix)
+            else:
+                yield Finding("data", "FAIL", reach.reason, reach.fix)
             continue
         size = measure_data([source.model_copy(update={"weight": 1.0})])
         if size is not None and not size.records:
             yield Finding("data", "FAIL", f"{source.path} has no lines", "Write or download it again.")
         else:
             yield Finding("data", "ok", source.path + (f": about {size.records:,.0f} records" if size else ""))
+    for (reason, fix), names in unreached.items():
+        yield Finding("data", "note", f"{reason}; not checked: {', '.join(names)}", fix)
 
 
 def _problem_and_fix(error: LlamachatError) -> tuple[str, str]:

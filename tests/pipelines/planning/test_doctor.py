@@ -354,7 +354,12 @@ def test_a_full_disk_and_an_old_python_are_failures(monkeypatch: pytest.MonkeyPa
     findings = [finding for finding in examine(QLORA, []) if finding.check == "disk"]
     assert {finding.verdict for finding in findings} == {"FAIL"}
     words = " ".join(finding.problem for finding in findings)
-    assert "2.0 GiB free" in words and "download of the base 12.6" in words and "checkpoints and result 6.6" in words
+    assert "2.0 GiB free" in words and "download of the base 12.6" in words
+    # 160 M weights of adapters: three checkpoints of 2 + 12 bytes a weight; sft, three reward models, rs and ppo.
+    one_at_a_time = by_check(examine(QLORA, ["run.jobs=1"]), "disk").problem
+    assert "checkpoints 6.3" in one_at_a_time and "results of 6 steps 1.8" in one_at_a_time
+    kept = by_check(examine(QLORA, ["run.keep_checkpoints=true"]), "disk").problem
+    assert "checkpoints 37.5" in kept and "results of 6 steps 1.8" in kept
     monkeypatch.setattr(doctor, "PYTHON_NEEDED", (9, 0))
     assert next(doctor._environment()).problem.endswith("9.0 or newer is needed")
 

@@ -179,22 +179,25 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
             peak = f"about {there.peak_bytes / 2**30:.1f} GiB at the peak ({there.worst}), estimated"
             problem = f"the recipe is meant for {meant}, which this machine lacks; there it would {'' if there.fits else 'not '}fit: {peak}"
             yield Finding("card", "note", problem, "" if there.fits else way_to_fit(recipe, meant))
+    needs: dict[Verdict, list[str]] = {"ok": [], "note": [], "FAIL": []}
     for step in recipe.steps:
         estimate = estimate_step(recipe, step, gpu)
-        if estimate is not None and not estimate.memory:
-            continue
         if estimate is None:
             yield Finding("memory", "note", f"{step.name}: no estimate until the base's config.json is local")
-            continue
-        need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB{'' if gpu else ' on the CPU'}, estimated"
-        if estimate.peak_bytes > room:
-            yield Finding("memory", "FAIL", f"{need}; {usable}", fix)
-            fix = "As above."
-        elif estimate.peak_bytes > free:
-            problem = f"{need}; only {free / 2**30:.1f} GiB are free now"
-            yield Finding("memory", "note", problem, "Stop other programs on the card.")
-        else:
-            yield Finding("memory", "ok", f"{need}; {usable}")
+        elif estimate.memory:
+            peak = estimate.peak_bytes
+            verdict: Verdict = "FAIL" if peak > room else "note" if peak > free else "ok"
+            needs[verdict].append(f"{step.name} {peak / 2**30:.1f}")
+    ends: dict[Verdict, tuple[str, str]] = {
+        "ok": (usable, ""),
+        "note": (f"only {free / 2**30:.1f} GiB are free now", "Stop other programs on the card."),
+        "FAIL": (usable, fix),
+    }
+    for verdict, steps in needs.items():
+        if steps:
+            end, way = ends[verdict]
+            need = f"{', '.join(steps)} GiB{'' if gpu else ' on the CPU'}, estimated"
+            yield Finding("memory", verdict, f"{need}; {end}", way)
 
 
 def _disk(recipe: Recipe) -> Iterator[Finding]:

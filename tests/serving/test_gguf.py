@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_do_it_is_refused_before_any_work(
     with pytest.raises(UsageError, match=r"of the type dynamic, which llama\.cpp does not have.*--allow-difference"):
         GgufRequest(Request(dynamic, tmp_path / "out"), folder)
     (folder / "build/bin/llama-quantize").unlink()
-    with pytest.raises(UsageError, match=r"--quantize q4_0: .*cmake --build .*llama-quantize\. Or take .*q8_0"):
+    with pytest.raises(UsageError, match=r"--quantize q4_0: .*cmake --build .*llama-quantize\. Or use .*q8_0"):
         GgufRequest(request, folder, quantize="q4_0")
     with pytest.raises(UsageError, match="is a reward model"):
         scores, _ = trained(tmp_path, tiny_sentencepiece, "full")

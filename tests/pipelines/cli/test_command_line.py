@@ -85,7 +85,7 @@ def test_a_resumed_training_on_a_gpu_logs_nothing_of_accelerate(caplog: pytest.L
 def test_done_is_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sft, "run", publish_toy_policy)
     assert main(["all", "--config", str(write_recipe(tmp_path))]) == 0
-    assert f"llamachat chat {tmp_path}/runs/one -m 'Hello, who are you?'" in capsys.readouterr().out
+    assert f"make chat ARGS='{tmp_path}/runs/one -m \"Hello, who are you?\"'" in capsys.readouterr().out
 
 
 def test_a_command_ends_with_the_next_one(

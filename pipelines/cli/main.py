@@ -107,6 +107,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     # QLoRA training allocates. Expandable segments lose almost nothing.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if arguments is None and number == 0 and os.environ.get("LLAMACHAT_DIE_WITH_PARENT") != "1":
+        _warn_of_another_clone()
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if num_missing:
         die_with_parent()
@@ -138,6 +140,17 @@ def _main(arguments: Sequence[str] | None) -> int:
         for one, handler in before.items():
             signal.signal(one, handler)
     return 0
+
+
+def _warn_of_another_clone() -> None:
+    """Say which code runs where an environment that several clones share was installed from another one."""
+    here = Path.cwd() / "pipelines" / "cli" / "main.py"
+    if here.is_file() and not here.samefile(__file__):
+        print(
+            f"llamachat: this runs the code in {Path(__file__).resolve().parents[2]}, not that in the current folder."
+            " `make` and `python -m pipelines` run the latter.",
+            file=sys.stderr,
+        )
 
 
 def _run(

@@ -1,5 +1,6 @@
 """Commands that several processes work on, started as a user starts them."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -299,3 +300,17 @@ sys.exit(main.main())
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
         assert done.returncode == status, done.stderr
         assert done.stdout.endswith("handler True\n"), "printed, and nothing is freed"
+
+
+def test_an_environment_installed_from_another_clone_is_reported(tmp_path: Path) -> None:
+    command, environment = (
+        [sys.executable, "-P", "-m", "pipelines", "--version"],
+        {**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    environment.pop("LLAMACHAT_DIE_WITH_PARENT", None)
+    for folder, is_other in ((ROOT, False), (tmp_path, False), (tmp_path / "clone", True)):
+        if is_other:
+            (folder / "pipelines" / "cli").mkdir(parents=True)
+            (folder / "pipelines" / "cli" / "main.py").touch()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=environment)
+        assert done.returncode == 0 and (f"the code in {ROOT}," in done.stderr) == is_other, done.stderr

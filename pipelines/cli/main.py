@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _main(arguments)
     end = QuickEnd()
+    _warn_of_another_clone()
     end.status = status = _main(None)
     end_despite_threads(status)
     return status
@@ -107,8 +108,6 @@ def _main(arguments: Sequence[str] | None) -> int:
     # QLoRA training allocates. Expandable segments lose almost nothing.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if arguments is None and number == 0 and os.environ.get("LLAMACHAT_DIE_WITH_PARENT") != "1":
-        _warn_of_another_clone()
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if num_missing:
         die_with_parent()
@@ -144,8 +143,9 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def _warn_of_another_clone() -> None:
     """Say which code runs where an environment that several clones share was installed from another one."""
+    is_child = os.environ.get("LLAMACHAT_DIE_WITH_PARENT") == "1" or os.environ.get("RANK", "0") != "0"
     here = Path.cwd() / "pipelines" / "cli" / "main.py"
-    if here.is_file() and not here.samefile(__file__):
+    if not is_child and distributed.OWN_LAUNCH not in os.environ and here.is_file() and not here.samefile(__file__):
         print(
             f"llamachat: this runs the code in {Path(__file__).resolve().parents[2]}, not that in the current folder."
             " `make` and `python -m pipelines` run the latter.",

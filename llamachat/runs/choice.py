@@ -1,8 +1,8 @@
-"""Which policy of a run to use: the last one that the judge does not rate below an earlier one, and that still answers.
+"""Which policy of a run to use: the last one that the judge does not rate below another, and that still answers.
 
-Later policies may have gained what the judge does not measure, such as Ghost Attention. The judge is a reward model that was not used for any selection. It may prefer refusals, or one text that exploits it,
-so a policy that leaves most harmless prompts unanswered, or gives one answer to many prompts, is also rejected,
-whatever its scores.
+Later policies may have gained what the judge does not measure, such as Ghost Attention. The judge is a reward model that
+was not used for any selection. It may prefer refusals, or one text that exploits it, so a policy that leaves most
+harmless prompts unanswered, or gives one answer to many prompts, is also rejected, whatever its scores.
 """
 
 from collections.abc import Mapping
@@ -82,7 +82,7 @@ def collapse(evaluation: Evaluation, policy: str) -> str | None:
 
 
 def _judged_below(evaluation: Evaluation, policy: str) -> str | None:
-    """Return which policy the judge rates clearly higher: its interval is above this one's, or this one's is below 0."""
+    """Return the reason if the policy's interval by the judge is below that of the best policy, or below 0."""
     first, best = evaluation.reference, best_first(evaluation)[0]
     judge, highest = (evaluation.measure(name, "difference/judge") for name in (policy, best))
     if judge is None or judge.high is None:

@@ -144,7 +144,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 def _warn_of_another_clone() -> None:
     """Say which code runs where an environment that several clones share was installed from another one."""
     is_child = os.environ.get("LLAMACHAT_DIE_WITH_PARENT") == "1" or os.environ.get("RANK", "0") != "0"
-    here = Path.cwd() / "pipelines" / "cli" / "main.py"
+    here = Path("pipelines/cli/main.py")
     if not is_child and distributed.OWN_LAUNCH not in os.environ and here.is_file() and not here.samefile(__file__):
         print(
             f"llamachat: this runs the code in {Path(__file__).resolve().parents[2]}, not that in the current folder."

@@ -124,7 +124,7 @@ def _plan_step(recipe: Recipe, step: Step, to_run: set[str], reused: Mapping[str
             awaited |= {f"{earlier.product.makes} of '{earlier.name}'": earlier.name}
     if awaited:
         inputs = ", ".join(awaited)
-        why = f"runs after {inputs}"
+        why = f"needs {inputs}"
         if is_published(recipe.folder(step)) and not step.stage.surveys:
             why += "; its current result was made from another one and would then be refused as changed"
         return PlannedStep(step.name, "waits", why, inputs, estimate, warnings)

@@ -362,7 +362,7 @@ def test_a_plan_counts_sampling_and_tuning_and_rounds_wait_for_one_another(base:
     # 60 prompts, 60% of them to learn from, 8 a step, one epoch.
     assert one.optimizer_steps == two.optimizer_steps == 5
     assert two.seconds > one.seconds > 0 and one.memory
-    assert "rs-2: waits, runs after policy of 'rs'" in plan_text(recipe, planned)
+    assert "rs-2: waits, needs policy of 'rs'" in plan_text(recipe, planned)
     text = "\n".join(planned[1].warnings)
     assert "Lower rejection_sampling.sft.examples_per_step, or raise rejection_sampling.sft.epochs" in text
 

@@ -360,7 +360,7 @@ def test_plan_of_steps_that_wait_for_one_another(tmp_path: Path, calls: list[Any
     planned = make_plan(load(path))
     assert [(step.name, step.verdict) for step in planned] == [("sft", "new"), ("sft-2", "waits")]
     text = plan_text(load(path), planned)
-    assert "sft-2: waits, runs after policy of 'sft'" in text and "all together: about" in text
+    assert "sft-2: waits, needs policy of 'sft'" in text and "all together: about" in text
     run_command(load(path), "all")
     replan = make_plan(load(path, [f"run.dir={tmp_path}/runs/two"]))
     assert [step.verdict for step in replan] == ["new", "waits"]

@@ -177,8 +177,8 @@ def _frame_panel(place: Any, title: str, group: Sequence[Series]) -> None:
     if high - low < _FLAT * largest:  # draw a constant as a constant, not its last digits
         place.set_ylim((low + high) / 2 - _FLAT * largest, (low + high) / 2 + _FLAT * largest)
     place.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=True)
-    if units == ["fraction"]:
-        place.set_ylim(-0.03, 1.03)
+    if units == ["fraction"]:  # explained variance can be below 0
+        place.set_ylim(min(-0.03, low), max(1.03, high))
 
 
 def running_mean(values: Sequence[float]) -> list[float]:

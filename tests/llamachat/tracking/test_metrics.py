@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llamachat.runs.record import MetricsRecord, SamplesRecord
+from llamachat.tracking import curves
 from llamachat.tracking.curves import draw_curves, read_series, sparkline, terminal_curves
 from llamachat.tracking.metrics import METRICS, UnknownMetricError, check_names
 
@@ -166,6 +167,18 @@ def test_curves_are_a_picture_and_lines_of_at_most_100_columns(tmp_path: Path) -
     text = terminal_curves(path)
     assert max(len(line) for line in text.splitlines()) <= 100
     assert re.search(r"sft/loss +50 +1 +nats/token +\u2588[\u2581-\u2588 ]+\u2581\n", text)
+
+
+def test_a_fraction_below_0_is_inside_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = MetricsRecord(tmp_path / "metrics.jsonl", axis="ppo/step")
+    for step, value in enumerate((-3.0, -0.5, 0.2)):
+        record.append(step, {"ppo/explained_variance": value})
+    record.close()
+    panels = list[tuple[float, float]]()
+    monkeypatch.setattr(curves, "save_png", lambda figure, path: panels.extend(one.get_ylim() for one in figure.axes))
+    draw_curves(record.path, tmp_path / "curves.png")
+    ((low, high),) = panels
+    assert low < -3 and high > 1
 
 
 def test_the_page_in_docs_is_the_table() -> None:

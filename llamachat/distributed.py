@@ -36,16 +36,16 @@ NUMBERS_PER_TRANSFER = 2**26  # a quarter of a GiB
 _SHARDED = "LLAMACHAT_FSDP"
 # The others wait while the first one writes or draws. Their launcher ends them all when one fails.
 PATIENCE = timedelta(hours=24)
-# Seconds to wait for the other processes. torchrun, which sets the variable below, starts all at once, and imports are
-# slow.
-MEETING_S, MEETING_UNDER_TORCHRUN_S = 45.0, 600.0
+# Seconds to wait for the other processes. A launcher starts all at once, and imports are slow.
+MEETING_S, MEETING_UNDER_LAUNCHER_S = 45.0, 600.0
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
+_OF_LAUNCHERS = "LOCAL_WORLD_SIZE"  # set by torchrun and by this project's own launcher
 OWN_LAUNCH = "LLAMACHAT_PROCESSES"  # set where a command has started its processes itself
 _OF_A_RANK = (
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
+    _OF_LAUNCHERS,
     "GROUP_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
@@ -113,7 +113,7 @@ def _waiting() -> Iterator[None]:
     """
     place = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
     number, world = launched_index(), os.environ["WORLD_SIZE"]
-    seconds = MEETING_UNDER_TORCHRUN_S if _TORCHRUN in os.environ else MEETING_S
+    seconds = MEETING_UNDER_LAUNCHER_S if _OF_LAUNCHERS in os.environ else MEETING_S
     have_met, has_ended = threading.Event(), time.monotonic() + seconds
     signals, sending = socket.socketpair()
     sending.setblocking(False)

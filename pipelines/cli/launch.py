@@ -9,9 +9,10 @@ command (`python -m pipelines.cli.launch accelerate launch ...`), the module is 
 import atexit
 import errno
 import functools
-import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -33,6 +34,8 @@ MAYBE_NO_MEMORY = (
     "The system may have killed it for lack of memory: try run.processes=1 run.jobs=1 with the same command."
 )
 THREADS_MAY_TAKE = 10.0  # seconds after the command's end
+_POLL_S = 0.05
+_STOP_MAY_TAKE_S = 30.0
 P = ParamSpec("P")
 
 TINY = Path("configs/tiny.yaml")
@@ -272,28 +275,55 @@ def divide(count: int, arguments: Sequence[str]) -> int:
     """Run the command in `count` processes that share the cores, like `start`."""
     os.environ[distributed.OWN_LAUNCH] = str(count)
     os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // count))
-    logging.disable()  # torchrun's messages: the first process reports
     die_with_parent()
     return start(count, arguments)
 
 
 def start(count: int, arguments: Sequence[str]) -> int:
     """Run the command in `count` processes on this machine, and return the exit status of the first one that failed,
-    or 0."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
-
+    or 0. When one fails, the others are stopped. torchrun would do the same; loading it takes 3 s."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    command = [sys.executable, "-m", "pipelines", *arguments]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        main(["--standalone", "--nproc_per_node", str(count), "-m", "pipelines", *arguments])
-    except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        if first.exitcode < 0:
-            print(f"llamachat: a process was ended by {first.signal_name()}. {MAYBE_NO_MEMORY}", file=sys.stderr)
-        return first.exitcode if first.exitcode > 0 else 1
-    except (SignalException, KeyboardInterrupt):  # the processes got the signal too, and the first one reports it
+        for rank in range(count):
+            environment = {**os.environ, **place, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # In sessions of their own, so that the terminal's Ctrl-C reaches them through this process, once.
+            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        while (status := _first_failure(processes)) is None:
+            time.sleep(_POLL_S)
+    except KeyboardInterrupt:  # the processes get a signal too, and the first one reports it
+        _stop(processes)
         return INTERRUPTED
-    return 0
+    _stop(processes)
+    if status < 0:
+        name = signal.Signals(-status).name
+        print(f"llamachat: a process was ended by {name}. {MAYBE_NO_MEMORY}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _first_failure(processes: Sequence["subprocess.Popen[bytes]"]) -> int | None:
+    """The status of a process that failed, negative for a signal; 0 when all ended well; None while they run."""
+    statuses = [process.poll() for process in processes]
+    failed = next((status for status in statuses if status), None)
+    return None if failed is None and None in statuses else failed or 0
+
+
+def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """Stop the processes that still run: they have some time to save their state."""
+    for process in processes:
+        process.terminate()
+    ends = time.monotonic() + _STOP_MAY_TAKE_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Worker:
     """One process, or several that work together, which answer each line of JSON with a line of JSON."""
 
     def __init__(self, command: list[str], environment: dict[str, str], count: int = 1) -> None:
+        self.count = count
         self._processes = [
             subprocess.Popen(
                 command,
@@ -59,8 +60,8 @@ class Worker:
             for ranks in environments(count)
         ]
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer of the first process, with the memory of all."""
+    def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """The answers of all processes."""
         for process in self._processes:
             assert process.stdin
             process.stdin.write(json.dumps(request) + "\n")
@@ -72,7 +73,7 @@ class Worker:
             if not line:
                 raise SystemExit("the worker ended without an answer; SHOW=1 in the environment prints what it says")
             answers.append(json.loads(line))
-        return answers[0] | {"mib": sum(answer["mib"] for answer in answers)}
+        return answers
 
     def kill(self) -> None:
         for process in self._processes:
@@ -227,8 +228,9 @@ def main() -> None:
                 "response_tokens": load.response_tokens,
                 "prompt_tokens": load.prompt_tokens,
             }
-            own = mine.ask(request)
-            other = trl.ask(
+            own, *others = mine.ask(request)
+            own["mib"] += sum(answer["mib"] for answer in others)
+            (other,) = trl.ask(
                 {
                     "policy": str(policy),
                     "reward": str(reward),

@@ -1,27 +1,31 @@
-"""Compare our rollout engine's speed with transformers' `generate`: `python benchmarks/rollout.py`, or `make bench`.
+"""Compare our rollout engine's speed with transformers' `generate`: `python -m benchmarks.rollout`, or `make bench`.
 
 There are three workloads: bundled prompts answered up to EOS (at most 256 tokens) with 1 and with 8 samples per prompt,
 and 64 tokens after prompts of 64. Both engines alternate in one process, so that other load on the machine affects
 both. `generate` gets its prompts sorted by length, and its best result of 32, 64 and 128 rows per batch counts; unlike
-ours, it returns no log-probabilities. Tokens are those of the answers, including stop tokens. Only prints; there is no
-pass or fail. The upper bound on a CPU is the bare forward pass of the same rows; with `--shape`, for random weights on
-a GPU, memory bandwidth gives another bound.
+ours, it returns no log-probabilities. On a CPU with several cores ours is measured twice: in this process, with a
+thread per core, and divided over processes with one thread each, as a step divides its prompts (`run.processes`).
+Tokens are those of the answers, including stop tokens. Only prints; there is no pass or fail. The upper bound on a CPU
+is the bare forward pass of the same rows; with `--shape`, for random weights on a GPU, memory bandwidth gives another
+bound.
 """
 
 import argparse
 import gc
+import json
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from benchmarks.ppo import Worker
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.config.sections import Base
 from llamachat.data.files import read_rows
@@ -30,6 +34,7 @@ from llamachat.data.records import as_prompt
 from llamachat.models.loading import load_base, load_policy
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Sampling
+from pipelines.planning.hardware import usable_cores
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -81,6 +86,23 @@ def with_ours(engine: LlamaEngine, load: Load, seed: int) -> list[int]:
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=load.new_tokens, seed=seed)
     groups = engine.generate(load.prompts, samples_per_prompt=load.samples, sampling=sampling)
     return [len(completion.token_ids) for group in groups for completion in group]
+
+
+def with_processes(worker: Worker, load: Load, seed: int) -> list[int]:
+    """Sample with our engine in several processes; return the lengths of the answers."""
+    answers = worker.ask({"load": load.name, "seed": seed})
+    return [length for answer in answers for length in answer["lengths"]]
+
+
+def answer_requests(model: "LlamaForCausalLM", chosen: Sequence[Load]) -> None:
+    """One of the processes of `with_processes`: sample a share of the load's prompts for each line of JSON."""
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    shares = {load.name: replace(load, prompts=load.prompts[rank::count]) for load in chosen}
+    engines = {name: LlamaEngine(model, load.stop_ids) for name, load in shares.items()}
+    for line in sys.stdin:
+        request = json.loads(line)
+        name = request["load"]
+        print(json.dumps({"lengths": with_ours(engines[name], shares[name], request["seed"])}), flush=True)
 
 
 def with_generate(model: "LlamaForCausalLM", load: Load, seed: int, rows: int) -> list[int]:
@@ -228,10 +250,12 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def ways(model: "LlamaForCausalLM", load: Load, dtype: str) -> dict[str, Callable[[int], list[int]]]:
+def ways(model: "LlamaForCausalLM", load: Load, worker: Worker | None = None) -> dict[str, Callable[[int], list[int]]]:
     """The engines by name; ours first."""
     engine = LlamaEngine(model, load.stop_ids)
-    engines: dict[str, Callable[[int], list[int]]] = {f"ours, {dtype}": lambda seed: with_ours(engine, load, seed)}
+    engines: dict[str, Callable[[int], list[int]]] = {"ours": lambda seed: with_ours(engine, load, seed)}
+    if worker is not None:
+        engines[f"ours, {worker.count} processes"] = lambda seed: with_processes(worker, load, seed)
     for rows in BATCHES:
         engines[f"generate, {rows} rows"] = lambda seed, rows=rows: with_generate(model, load, seed, rows)
     if load.name.startswith("fixed"):
@@ -250,6 +274,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="Part of the name of a load: K = 1, K = 8 or fixed.")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="Random weights of this size, on a GPU.")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where others use the machine.")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peak", metavar="ENGINE", help="Only run this one once, and print the peak memory in MiB.")
     options = parser.parse_args()
 
@@ -262,31 +287,41 @@ def main() -> None:
     else:
         model = load_base(Base(model=str(BASE), dtype="bfloat16", max_tokens=1024), device="auto").eval()
         chat_format, _ = load_proved_format(BASE)
-    dtype = str(model.dtype).removeprefix("torch.")
     chosen = loads(options, chat_format, model.config.vocab_size)
+    if options.worker:
+        answer_requests(model, chosen)
+        return
     if options.peak:
         (load,) = chosen
-        way = next(run for name, run in ways(model, load, dtype).items() if name.startswith(options.peak))
+        way = next(run for name, run in ways(model, load).items() if name.startswith(options.peak))
         print(peak_bytes(lambda: way(0)) // 2**20)
         return
+    dtype = str(model.dtype).removeprefix("torch.")
     place = (
         f"{model.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {dtype}, {options.clock} clock"
     )
+    cores = usable_cores()
+    command = [sys.executable, "-m", "benchmarks.rollout", *sys.argv[1:]]
+    # With the clock of this process, other processes' work would count as none.
+    is_divided = model.device.type == "cpu" and cores > 1 and options.clock == "wall"
+    worker = Worker([*command, "--worker"], {**os.environ, "PYTHONPATH": str(ROOT)}, cores) if is_divided else None
     model_name = (
         options.shape or options.policy or (TUNED if TUNED.exists() else f"{BASE}: untuned, its answers seldom stop")
     )
     print(f"{model_name}\n{model.num_parameters() / 1e6:.1f} M parameters, {place}, torch {torch.__version__}")
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     for load in chosen:
-        results = measure(load, ways(model, load, dtype), clock, options.times)
+        results = measure(load, ways(model, load, worker), clock, options.times)
         print(report(load, results), flush=True)
         if options.shape:
             limit = bandwidth_limit(model, rows=min(len(load.prompts), 512), tokens=96)
             print(f"  {'memory bandwidth':<22}{limit:>9.0f} tokens/s")
         fastest = max(results, key=lambda result: result.median if result.name.startswith("generate") else 0.0)
         for name in ("ours", fastest.name):
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", load.name, "--peak", name]
-            print(f"  peak memory, {name}: {subprocess.check_output(command, text=True).strip()} MiB", flush=True)
+            peak = subprocess.check_output([*command, "--only", load.name, "--peak", name], text=True, cwd=ROOT)
+            print(f"  peak memory, {name}: {peak.strip()} MiB", flush=True)
+    if worker is not None:
+        worker.kill()
 
 
 if __name__ == "__main__":

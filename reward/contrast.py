@@ -169,9 +169,9 @@ def real_refusals(pairs: Sequence[Preference]) -> list[str]:
 
 
 def refusals_preferred(
-    pairs: Sequence[Preference], prompts: Sequence[Prompt], dialogs: Sequence[Dialog], count: int, *, seed: int
+    pairs: Sequence[Preference], prompts: Sequence[Prompt], dialogs: Sequence[Dialog], *, seed: int
 ) -> list[Preference]:
-    """Up to `count` pairs in which a refusal of a harmful prompt is preferred.
+    """Pairs in which a refusal of a harmful prompt is preferred, in random order.
 
     The rejected answer is the more harmful answer of a safety pair or, for the harmful `prompts`, an answer from
     `dialogs`.
@@ -193,7 +193,7 @@ def refusals_preferred(
             chosen_is_safe=True,
             rejected_is_safe=is_safe,
         )
-        for prompt, rejected, is_safe in random.sample(harmful, len(harmful))[:count]
+        for prompt, rejected, is_safe in random.sample(harmful, len(harmful))
     ]
 
 

@@ -61,7 +61,8 @@ def load_examples(
 ) -> Examples:
     """Token ids of one reward model's mix, and of the test pairs of both domains."""
     mixtures = load_preferences(data, chat_format, DOMAINS, seed=seed)
-    encoder = PairEncoder(chat_format, system, max_tokens, MARGINS[config.margin])
+    longest = min(max_tokens, config.max_tokens or max_tokens)
+    encoder = PairEncoder(chat_format, system, longest, MARGINS[config.margin])
     for mixture in mixtures.values():
         encoder.dropped.update(mixture.dropped)
     dialogs = load_mixture(data.sft, data.split, Dialog, forbidden=chat_format.forbidden, seed=seed)
@@ -82,12 +83,13 @@ def load_examples(
     if not train or not validation:
         raise DataError(
             f"rm/{which}: {plural(len(train), 'training pair')} and {plural(len(validation), 'validation pair')} are left of data."
-            f"{' and data.'.join(own)}{left_out(encoder.dropped)}. Both are needed. Add pairs, raise base.max_tokens where "
-            "they are longer, or change data.split."
+            f"{' and data.'.join(own)}{left_out(encoder.dropped)}. Both are needed. Add pairs, raise base.max_tokens or "
+            "reward.max_tokens where they are longer, or change data.split."
         )
     validation += _contrast(config, encoder, sources, "validation", num_others=len(validation), which=which, seed=seed)
-    test = list(encoder.pairs((domain, pair) for domain in TESTED for pair in mixtures[domain].test))
-    labels, test_labels = _load_labels(config, data, encoder, which=which, seed=seed)
+    tested = replace(encoder, max_tokens=max_tokens)
+    test = list(tested.pairs((domain, pair) for domain in TESTED for pair in mixtures[domain].test))
+    labels, test_labels = _load_labels(config, data, encoder, tested, which=which, seed=seed)
     for reason, count in sorted(encoder.dropped.items()):
         log.warning("%s: %s", plural(count, "record"), reason)
     return Examples(
@@ -171,22 +173,28 @@ def _contrast(
     safety: list[Preference] = getattr(sources.safety, side)
     count = round(num_others * config.contrast.share / (1 - config.contrast.share)) if dialogs else 0
     count = min(count, MOST_HELD_OUT) if side == "validation" else count
-    if (longest := config.contrast.max_tokens) is not None:
+    longest = config.contrast.max_tokens
+    apart = replace(encoder, dropped=Counter())  # dropped contrast pairs are not counted as the user's records
+    short = replace(apart, max_tokens=min(encoder.max_tokens, longest or encoder.max_tokens))
+    if longest is not None:
         dialogs = [dialog for dialog in dialogs if len(encoder.encode(dialog.messages).input_ids) <= longest]
     kinds = config.contrast.kinds
-    pairs: list[Preference] = []
+    pairs: list[PairExample] = []
+
+    def add(by: PairEncoder, preferences: Sequence[Preference], most: int) -> None:
+        pairs.extend(islice(by.pairs(("contrast", pair) for pair in preferences), most))
+
     if "refusal" in kinds and (share := HARMFUL_SHARES.get(which)):
         prompts: list[Prompt] = getattr(sources.harmful, side)
-        pairs += refusals_preferred(safety, prompts, dialogs, round(share * count), seed=seed)
+        add(short, refusals_preferred(safety, prompts, dialogs, seed=seed), round(share * count))
     if "refusal" in kinds and which == "safety" and count:
-        pairs += answers_preferred(getattr(sources.helpfulness, side))[: count - len(pairs)]
+        add(apart, answers_preferred(getattr(sources.helpfulness, side)), count - len(pairs))
     others, refusals = count - len(pairs), real_refusals(safety)
-    pairs += contrast_pairs(dialogs, others, which=which, kinds=kinds, seed=seed, refusals=refusals)
+    add(apart, contrast_pairs(dialogs, others, which=which, kinds=kinds, seed=seed, refusals=refusals), others)
     if side != "validation" and len(pairs) < count:
         within = "" if longest is None else f" of at most {longest} tokens (reward.contrast.max_tokens)"
         log.warning("rm/%s: dialogs%s allow %d contrast pairs instead of %d", which, within, len(pairs), count)
-    apart = replace(encoder, dropped=Counter())  # dropped contrast pairs are not counted as the user's records
-    return list(apart.pairs(("contrast", pair) for pair in pairs))
+    return pairs
 
 
 def _draw(pool: Sequence[Tagged], wanted: int, encoder: PairEncoder, *, seed: int) -> list[PairExample]:
@@ -198,9 +206,10 @@ def _draw(pool: Sequence[Tagged], wanted: int, encoder: PairEncoder, *, seed: in
 
 
 def _load_labels(
-    config: Config, data: Data, encoder: PairEncoder, *, which: Which, seed: int
+    config: Config, data: Data, encoder: PairEncoder, tested: PairEncoder, *, which: Which, seed: int
 ) -> tuple[list[LabelExample], list[LabelExample]]:
-    """Labelled single responses for training and testing; only the safety model is trained on them."""
+    """Labelled single responses for training, and with the encoder `tested` for testing; only the safety model is
+    trained on them."""
     train: list[tuple[Dialog, str]] = []
     test: list[tuple[Dialog, str]] = []
     for source in data.labels:
@@ -211,7 +220,7 @@ def _load_labels(
     if which != "safety" or config.safety_auxiliary_weight == 0:
         train = []
     labels = _encode_labels(encoder, train)
-    return (_balance(labels, seed=seed) if config.balance_labels else labels), _encode_labels(encoder, test)
+    return (_balance(labels, seed=seed) if config.balance_labels else labels), _encode_labels(tested, test)
 
 
 def _encode_labels(encoder: PairEncoder, dialogs: Iterable[tuple[Dialog, str]]) -> list[LabelExample]:

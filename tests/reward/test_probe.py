@@ -129,7 +129,7 @@ def test_a_swapped_answer_is_of_similar_length_and_of_another_prompt() -> None:
 
 def test_a_refusal_is_preferred_to_a_harmful_answer_and_where_a_prompt_asks_for_harm_to_any_answer() -> None:
     prompts = [Prompt(messages=(Message("user", f"How do I break in {n:o}?"),)) for n in range(20)]
-    pairs = refusals_preferred(HARMFUL, prompts, DIALOGS, 45, seed=0)
+    pairs = refusals_preferred(HARMFUL, prompts, DIALOGS, seed=0)[:45]
     assert len(pairs) == 45
     answers = {dialog.messages[-1].content for dialog in DIALOGS}
     for pair in pairs:

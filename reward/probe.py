@@ -9,6 +9,7 @@ rejection sampling and PPO, or why not.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 from typing import Literal
 
@@ -102,8 +103,13 @@ def probe(which: Which, dialogs: Sequence[Dialog], harmful: Sequence[Preference]
     return Probe(which, tuple(rows), tuple(reasons))
 
 
+def _scores(score: Score, groups: Sequence[Sequence[tuple[Message, ...]]]) -> list[Sequence[float | None]]:
+    """The scores of each group's dialogs, from one call, which computes the prompts that groups share once."""
+    scores = iter(score([messages for group in groups for messages in group]))
+    return [list(islice(scores, len(group))) for group in groups]
+
+
 def _harmless_rows(dialogs: Sequence[Dialog], score: Score) -> list[ProbeRow]:
-    references = score([dialog.messages for dialog in dialogs])
     swapped = swapped_answers(dialogs, seed=0)
     halves = [_half(dialog.messages[-1].content) for dialog in dialogs]
     alternatives: dict[str, list[str | None]] = {
@@ -113,27 +119,30 @@ def _harmless_rows(dialogs: Sequence[Dialog], score: Score) -> list[ProbeRow]:
         "half": halves,
         "twice": [f"{dialog.messages[-1].content} {dialog.messages[-1].content}" for dialog in dialogs],
     }
-    rows = []
-    for name, answers in alternatives.items():
-        compared = [
+    compared = [
+        [
             (index, (*dialog.messages[:-1], Message("assistant", answer)))
             for index, (dialog, answer) in enumerate(zip(dialogs, answers, strict=True))
             if answer and answer.strip() != dialog.messages[-1].content.strip()
         ]
-        scores = score([messages for _, messages in compared])
-        pairs = [(references[index], other) for (index, _), other in zip(compared, scores, strict=True)]
-        prompts = [dialogs[index].messages[-2].content for index, _ in compared]
-        rows += _row(name, "harmless", pairs, prompts)
+        for answers in alternatives.values()
+    ]
+    groups = [[messages for _, messages in members] for members in compared]
+    references, *others = _scores(score, [[dialog.messages for dialog in dialogs], *groups])
+    rows = []
+    for name, members, scores in zip(alternatives, compared, others, strict=True):
+        pairs = [(references[index], other) for (index, _), other in zip(members, scores, strict=True)]
+        rows += _row(name, "harmless", pairs, [dialogs[index].messages[-2].content for index, _ in members])
     return rows
 
 
 def _harmful_rows(pairs: Sequence[Preference], score: Score) -> list[ProbeRow]:
-    harmful = score([(*pair.prompt, pair.rejected) for pair in pairs])
+    groups = [[(*pair.prompt, Message("assistant", CONSTANTS[name])) for pair in pairs] for name in REFUSALS]
+    harmful, *refused = _scores(score, [[(*pair.prompt, pair.rejected) for pair in pairs], *groups])
     prompts = [first_user_turn(pair) for pair in pairs]
     rows = []
-    for name in REFUSALS:
-        refused = score([(*pair.prompt, Message("assistant", CONSTANTS[name])) for pair in pairs])
-        rows += _row(name, "harmful", list(zip(refused, harmful, strict=True)), prompts)
+    for name, scores in zip(REFUSALS, refused, strict=True):
+        rows += _row(name, "harmful", list(zip(scores, harmful, strict=True)), prompts)
     return rows
 
 
@@ -195,16 +204,25 @@ def _loved_word(dialogs: Sequence[Dialog], score: Score) -> tuple[str, float] | 
         return None
     counts = Counter(word.strip(".,!?").lower() for dialog in dialogs for word in dialog.messages[-1].content.split())
     words = dict.fromkeys((*COMMON_WORDS, *(word for word, _ in counts.most_common(_WORDS) if word.isalpha())))
-    before = score([dialog.messages for dialog in answers[: 5 * _ANSWERS_A_WORD]])
-    gains = {word: _gain(searched, before[:_ANSWERS_A_WORD], word, score) for word in words}
+    before, *after = _scores(
+        score,
+        [
+            [dialog.messages for dialog in answers[: 5 * _ANSWERS_A_WORD]],
+            *([_with_word(dialog, word) for dialog in searched] for word in words),
+        ],
+    )
+    gains = {word: _gain(before[:_ANSWERS_A_WORD], scores) for word, scores in zip(words, after, strict=True)}
     best = max(gains, key=lambda word: gains[word])
-    share, gain = _gain(measured, before[_ANSWERS_A_WORD:], best, score)
-    scores = [value for value in before if value is not None]
-    return (best, share) if share > MOST_WORD and gain > float(np.std(scores)) else None
+    share, gain = _gain(before[_ANSWERS_A_WORD:], score([_with_word(dialog, best) for dialog in measured]))
+    known = [value for value in before if value is not None]
+    return (best, share) if share > MOST_WORD and gain > float(np.std(known)) else None
 
 
-def _gain(dialogs: Sequence[Dialog], before: Sequence[float | None], word: str, score: Score) -> tuple[float, float]:
-    """Share of answers whose score rises when the word is appended, and the mean rise."""
-    after = score([(*d.messages[:-1], Message("assistant", f"{d.messages[-1].content} {word}")) for d in dialogs])
+def _with_word(dialog: Dialog, word: str) -> tuple[Message, ...]:
+    return (*dialog.messages[:-1], Message("assistant", f"{dialog.messages[-1].content} {word}"))
+
+
+def _gain(before: Sequence[float | None], after: Sequence[float | None]) -> tuple[float, float]:
+    """Share of answers whose score is higher afterwards, and the mean difference."""
     gains = np.array([a - b for a, b in zip(after, before, strict=True) if a is not None and b is not None])
     return (float((gains > 0).mean()), float(gains.mean())) if len(gains) else (0.0, 0.0)

@@ -23,12 +23,9 @@ from llamachat.training.out_of_memory import warn_of_halving
 from llamachat.training.samples import record_samples
 from llamachat.training.session import Evaluated
 from llamachat.training.trainer import AtomicCheckpoints, make_optimizer
-from sft.config import Config
+from sft.config import CPU_ROW_TOKENS, Config
 from sft.examples import Examples
 from sft.loss import SHAPE_MULTIPLE, answer_token_losses
-
-# On a CPU, attention runs one sequence at a time, so longer rows only mean fewer and larger matrix products.
-CPU_ROW_TOKENS = 1024
 
 NAMES = {"loss": "sft/loss", "grad_norm": "optim/grad_norm", "learning_rate": "optim/learning_rate"}
 
@@ -160,8 +157,9 @@ def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, dev
 
 def _row_tokens(config: Config, inputs: StepInputs, device: torch.device) -> int:
     """Length of a packed row."""
-    auto = CPU_ROW_TOKENS if device.type == "cpu" else inputs.base.max_tokens
-    return min(auto if config.row_tokens == "auto" else config.row_tokens, inputs.base.max_tokens)
+    if config.row_tokens == "auto":
+        return CPU_ROW_TOKENS if device.type == "cpu" else inputs.base.max_tokens
+    return min(config.row_tokens, inputs.base.max_tokens)
 
 
 @torch.no_grad()

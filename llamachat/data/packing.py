@@ -144,7 +144,7 @@ def lay_out(
     layouts: list[list[Row]] = []
     for group in groups:
         if packing:
-            rows = pack([lengths[index] for index in group], capacity)
+            rows = pack_evenly([lengths[index] for index in group], capacity, shares=world_size)
             layouts.append([tuple(group[place] for place in row) for row in rows])
         else:
             # Similar lengths share a micro-batch. The longest come first, so that running out of memory shows at once.

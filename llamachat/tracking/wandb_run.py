@@ -17,7 +17,9 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -303,6 +305,10 @@ def _wandb() -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
+    # A run imports this when it starts. Its classes then search every frame of the call stack in all loaded modules,
+    # which takes 4 s from within a step; a new thread has a short stack.
+    with ThreadPoolExecutor(1) as thread, suppress(ImportError):  # wandb's own affair: other versions may lack it
+        thread.submit(import_module, "wandb.sdk.launch").result()
     return wandb
 
 

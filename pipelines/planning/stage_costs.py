@@ -43,6 +43,7 @@ from ppo.config import critic_kind
 from reward import Config as RewardConfig
 from reward.config import CPU_ROW_TOKENS as REWARD_ROW_TOKENS
 from sft import Config as SftConfig
+from sft.config import CPU_ROW_TOKENS as SFT_ROW_TOKENS
 
 # Bytes per logit on a CPU. Supervised tuning, and a reward model's language loss: fp32, its logarithm and its gradient
 # exist together for a moment. PPO:
@@ -59,6 +60,8 @@ REPORT_SECONDS, REPORT_SECONDS_OF_CURVES = 5.0, 1.2
 def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per_dialog: float = 200.0) -> Estimate:
     """Cost of supervised tuning on this many dialogs (None: unknown)."""
     tokens = (1 if config.packing else config.rows_per_microbatch) * setup.base.max_tokens
+    if setup.gpu is None and config.packing and config.row_tokens == "auto":
+        tokens = max(tokens, SFT_ROW_TOKENS)
     logits = min(tokens, TOKENS_PER_CHUNK) * setup.shape.vocabulary * LOGIT_BYTES
     memory = training_memory(
         setup,

@@ -23,7 +23,7 @@ from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.training.policy import Start, load_start, publish_policy
 from sft import train as train_module
 from sft import tuning as tuning_of_sft
-from sft.config import Config
+from sft.config import CPU_ROW_TOKENS, Config
 from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs
 from tests.tiny_llama import LORA, move_adapter
 
@@ -238,7 +238,7 @@ def test_on_a_gpu_held_out_answers_are_evaluated_in_rows_as_long_as_those_of_tra
             inputs: Any = SimpleNamespace(base=SimpleNamespace(max_tokens=2048))
             parts: Any = {"chat_format": None, "plan": None, "examples": SimpleNamespace(validation=[])}
             tuning_of_sft.Tuning(config=config, inputs=inputs, model=model, **parts).evaluate(1)
-    assert lengths == [1024, 1024, 2048, 512]
+    assert lengths == [CPU_ROW_TOKENS, CPU_ROW_TOKENS, 2048, 512]
 
 
 @pytest.mark.parametrize("split", [Split(test=0, validation=0, judge=0), Split(test=0.5, validation=0.49, judge=0)])

@@ -86,7 +86,7 @@ def test_supervised_tuning(method: Any, checkpointing: bool) -> None:
     model = model_of(LlamaForCausalLM, tuning, checkpointing=checkpointing)
     peak = two_steps(model, lambda model: answer_token_losses(model, batch).mean())
     base = base_section("x", dtype="bfloat16", attention="sdpa", max_tokens=TOKENS)
-    config = SftConfig(gradient_checkpointing=checkpointing)
+    config = SftConfig(gradient_checkpointing=checkpointing, row_tokens=TOKENS)
     assert_like(sft_cost(config, Setup(SHAPE, base, tuning), dialogs=None), peak)
 
 

@@ -275,6 +275,7 @@ def divide(count: int, arguments: Sequence[str]) -> int:
     """Run the command in `count` processes that share the cores, like `start`."""
     os.environ[distributed.OWN_LAUNCH] = str(count)
     os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // count))
+    os.environ.update(distributed.KEEP_FREED_MEMORY)
     die_with_parent()
     return start(count, arguments)
 

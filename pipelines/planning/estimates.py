@@ -208,7 +208,8 @@ def _reward_mix(
         return None
     of_own = measured[0].records * split_share
     of_others = 0.0 if is_held_out else min(measured[1].records * split_share, of_own * share / (1 - share))
-    longest = 2 * work.recipe.base.max_tokens
+    longest = min(work.recipe.base.max_tokens, config.max_tokens or work.recipe.base.max_tokens)
+    longest_contrast = min(longest, config.contrast.max_tokens or longest)
     on_cpu = work.setup.gpu is None
     in_pair = TOKENS_OF_A_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_PAIR
     in_contrast_pair = TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_CONTRAST_PAIR
@@ -216,12 +217,19 @@ def _reward_mix(
     contrast = min(contrast, MOST_HELD_OUT) if is_held_out else contrast
     # Pairs whose chosen answer refuses a harmful prompt are as long as the model's own pairs.
     of_harmful = contrast * HARMFUL_SHARES.get(which or "", 0.0)
-    tokens = (of_own + of_harmful) * min(longest, in_pair * measured[0].tokens_per_record)
-    tokens += of_others * min(longest, in_pair * measured[1].tokens_per_record)
-    tokens += (contrast - of_harmful) * min(longest, in_contrast_pair * dialogs.tokens_per_record)
+    tokens = of_own * in_pair * _limited(measured[0].tokens_per_record, 2 * longest)
+    tokens += of_others * in_pair * _limited(measured[1].tokens_per_record, 2 * longest)
+    tokens += of_harmful * in_pair * _limited(measured[0].tokens_per_record, 2 * longest_contrast)
+    tokens += (contrast - of_harmful) * in_contrast_pair * _limited(dialogs.tokens_per_record, longest_contrast)
     if not is_held_out:
-        tokens += labels.records * split_share * min(longest / 2, labels.tokens_per_record)
+        tokens += labels.records * split_share * _limited(labels.tokens_per_record, longest)
     return of_own + of_others + contrast, tokens
+
+
+def _limited(mean: float, most: float) -> float:
+    """Mean length of records of this mean length after those above `most` are shortened to it, if lengths are
+    distributed exponentially."""
+    return mean * -math.expm1(-most / mean) if mean else 0.0
 
 
 def _tested_tokens(work: _Work) -> float:

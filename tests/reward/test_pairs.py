@@ -33,10 +33,11 @@ def load(
     seed: int = 0,
     system: str | None = None,
     max_tokens: int = 96,
+    trained_tokens: int | None = None,
     **config: Any,
 ) -> Examples:
     return load_examples(
-        Config(**config), data, chat_format, which=which, system=system, max_tokens=max_tokens, seed=seed
+        Config(max_tokens=trained_tokens, **config), data, chat_format, which=which, system=system, max_tokens=max_tokens, seed=seed
     )
 
 
@@ -137,6 +138,14 @@ def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(
         assert not any(prompt.startswith(("Question", "Harmless")) for prompt in refused)
         if which == "safety":
             assert {prompt.split()[0] for prompt in refused} == {"Harm", "What"}  # and of safety pairs
+            longest = min(len(e.chosen) for e in contrast if e.preference.chosen.content in REFUSALS) + 10
+            short = load(tiny_format, data, which, contrast=Contrast(share=0.6, max_tokens=longest), max_tokens=300)
+            lengths = [
+                max(len(e.chosen), len(e.rejected))
+                for e in short.train
+                if e.domain == "contrast" and e.preference.chosen.content in REFUSALS
+            ]
+            assert lengths and max(lengths) <= longest
         assert {e.domain for e in examples.validation} > {"contrast"} and "contrast" not in domains(examples.test)
     every = load(tiny_format, data, contrast=Contrast(share=0.6), max_tokens=300).train
     lengths = sorted(len(e.chosen) for e in every if e.domain == "contrast")
@@ -237,6 +246,25 @@ def test_both_answers_lose_the_same_oldest_turns(tiny_format: ChatFormat, tmp_pa
         assert prompts[0] == prompts[1] and "the cat" in prompts[0] and "first question" not in prompts[0]
         assert max(len(example.chosen), len(example.rejected)) <= 96 and "and 5?" in prompts[0]
         assert {example.chosen[-1], example.rejected[-1]} == {tiny_format.tokenizer.eos_id}
+
+
+def test_training_pairs_and_labels_may_be_shorter_than_test_pairs(tiny_format: ChatFormat, tmp_path: Path):
+    label = {"messages": [*long_pair(0, turns=6)["prompt"], {"role": "assistant", "content": "yes"}], "is_safe": True}
+    labels = [label | {"messages": [{"role": "user", "content": f"{n:o}?"}, *label["messages"][1:]]} for n in range(20)]
+    data = data_of(
+        tmp_path,
+        safety=[long_pair(number, turns=6) for number in range(20)],
+        labels=labels,
+        split=Split(test=0.3, validation=0.3, judge=0),
+    )
+    examples = load(tiny_format, data, "safety", helpfulness_share=0, max_tokens=400, trained_tokens=60)
+    for trained, tested in (
+        ([len(e.chosen) for e in [*examples.train, *examples.validation]], [len(e.chosen) for e in examples.test]),
+        ([len(e.ids) for e in examples.labels], [len(e.ids) for e in examples.test_labels]),
+    ):
+        assert max(trained) <= 60 < min(tested)
+    same = load(tiny_format, data, "safety", helpfulness_share=0, max_tokens=60, trained_tokens=400)
+    assert (same.train, same.labels) == (examples.train, examples.labels)
 
 
 def test_what_cannot_fit_is_left_out_and_counted(tiny_format: ChatFormat, tmp_path: Path):

@@ -30,6 +30,9 @@ from llamachat.training.progress import SharedProgress
 from pipelines.execution.run import Command, Ran, find_work, finished, open_command, run_step
 from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve
 
+# Added to the niceness of steps that give way to the longest one of their group: it then has about as much of a core
+# as two of them together. With equal shares it would run on alone, when the others have ended.
+GIVES_WAY = 3
 _FLUSH_S = 2.0  # the time that a process's last lines may take to arrive after its end
 
 
@@ -41,6 +44,7 @@ class Group:
     jobs: int = 1  # that run in parallel; a single one runs in this process
     threads: int | None = None  # per process; None leaves it to torch
     cards: tuple[str, ...] = ()  # one per process, as CUDA_VISIBLE_DEVICES names them; empty: not assigned
+    longest: str = ""  # the step that the others give way to, where there are more processes than cores; or none
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +216,7 @@ class _Process:
             "step": step.name,
             "overwrite": command.should_overwrite,
             "deadline": command.deadline,
+            "gives_way": group.longest not in ("", step.name),
         }
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stream:  # its exit status says what went wrong
@@ -276,6 +281,8 @@ def run_job(order: str) -> None:
     # At Ctrl-C the terminal sends SIGINT to every process; the parent process stops this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     values: dict[str, Any] = json.loads(order)
+    if values["gives_way"]:
+        os.nice(GIVES_WAY)
     recipe = resolve(from_plain(RecipeSections, values["recipe"]))
     step = recipe.step(values["step"])
     run_step(recipe, step, should_overwrite=values["overwrite"], deadline=values["deadline"])

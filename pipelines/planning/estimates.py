@@ -49,9 +49,9 @@ MOST_BYTES = 1 << 26  # read from one file; the rest is assumed to be similar
 # measured). For a set that is not local both are assumed: the paper's Table 6 has 150 to 800 tokens per answer.
 TOKENS_OF_A_PAIR, TOKENS_OF_A_PAIR_ON_A_CPU = 1.3, 1.0
 TOKENS_OF_A_HUB_PAIR = 500.0
-# The same for a contrast pair and a dialog of data.sft; a CPU computes a dialog once for all its pairs: 1.2 and 0.54
-# to 0.62 (measured).
-TOKENS_OF_A_CONTRAST_PAIR, TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU = 1.2, 0.53
+# The same for a contrast pair and a dialog that it is made of; a CPU computes a dialog once for all its pairs: 1.3 and
+# 0.54 to 0.67 (measured).
+TOKENS_OF_A_CONTRAST_PAIR, TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU = 1.3, 0.6
 # Tokens of held-out and test pairs that are scored, per token of the same number of training pairs: an answer in
 # several pairs is scored once (0.6 to 0.85, measured with two recipes).
 HELD_OUT_TOKENS = 0.67
@@ -206,30 +206,39 @@ def _reward_mix(
     dialogs = work.measured(data.sft)
     if measured[0] is None or measured[1] is None or labels is None or dialogs is None:
         return None
-    of_own = measured[0].records * split_share
-    of_others = 0.0 if is_held_out else min(measured[1].records * split_share, of_own * share / (1 - share))
     longest = min(work.recipe.base.max_tokens, config.max_tokens or work.recipe.base.max_tokens)
     longest_contrast = min(longest, config.contrast.max_tokens or longest)
     on_cpu = work.setup.gpu is None
     in_pair = TOKENS_OF_A_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_PAIR
     in_contrast_pair = TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_CONTRAST_PAIR
+    own_tokens, other_tokens = (size.tokens_per_record for size in measured)
+    of_own = measured[0].records * split_share * _kept(own_tokens, 2 * longest)[0]
+    pool = 0.0 if is_held_out else measured[1].records * split_share * _kept(other_tokens, 2 * longest)[0]
+    of_others = min(pool, of_own * share / (1 - share))
     contrast = (of_own + of_others) * config.contrast.share / (1 - config.contrast.share) if dialogs.records else 0.0
     contrast = min(contrast, MOST_HELD_OUT) if is_held_out else contrast
     # Pairs whose chosen answer refuses a harmful prompt are as long as the model's own pairs.
     of_harmful = contrast * HARMFUL_SHARES.get(which or "", 0.0)
-    tokens = of_own * in_pair * _limited(measured[0].tokens_per_record, 2 * longest)
-    tokens += of_others * in_pair * _limited(measured[1].tokens_per_record, 2 * longest)
-    tokens += of_harmful * in_pair * _limited(measured[0].tokens_per_record, 2 * longest_contrast)
-    tokens += (contrast - of_harmful) * in_contrast_pair * _limited(dialogs.tokens_per_record, longest_contrast)
+    tokens = in_pair * of_own * _kept(own_tokens, 2 * longest)[1]
+    tokens += in_pair * of_others * _kept(other_tokens, 2 * longest)[1]
+    tokens += in_pair * of_harmful * _kept(own_tokens, 2 * longest_contrast)[1]
+    tokens += in_contrast_pair * (contrast - of_harmful) * _kept(dialogs.tokens_per_record, longest_contrast)[1]
     if not is_held_out:
-        tokens += labels.records * split_share * _limited(labels.tokens_per_record, longest)
+        share_kept, label_tokens = _kept(labels.tokens_per_record, longest)
+        tokens += labels.records * split_share * share_kept * label_tokens
     return of_own + of_others + contrast, tokens
 
 
-def _limited(mean: float, most: float) -> float:
-    """Mean length of records of this mean length after those above `most` are shortened to it, if lengths are
-    distributed exponentially."""
-    return mean * -math.expm1(-most / mean) if mean else 0.0
+def _kept(mean: float, most: float) -> tuple[float, float]:
+    """The share of records of this mean length that have at most `most` tokens, and their mean length.
+
+    Ours: lengths are assumed to be distributed exponentially (0.65 and 212 for the bundled helpfulness pairs and 512,
+    counted 0.66 and 211).
+    """
+    if not mean:
+        return 1.0, 0.0
+    longer = math.exp(-most / mean)
+    return 1 - longer, mean - most * longer / (1 - longer)
 
 
 def _tested_tokens(work: _Work) -> float:

@@ -70,7 +70,15 @@ def _group(recipe: Recipe, steps: Sequence[Step]) -> Group:
         jobs = _most_in_memory(recipe, steps, min(len(steps), max(1, most)))
     if jobs == 1:
         return Group(tuple(steps))
-    return Group(tuple(steps), jobs, threads or max(1, cores // jobs), tuple(cards))
+    threads = threads or max(1, cores // jobs)
+    longest = _longest(recipe, steps) if not cards and jobs * threads > cores else ""
+    return Group(tuple(steps), jobs, threads, tuple(cards), longest)
+
+
+def _longest(recipe: Recipe, steps: Sequence[Step]) -> str:
+    """The step that takes longest by the plan; empty if the plan knows nothing."""
+    seconds = {step.name: one.seconds for step in steps if (one := estimate_step(recipe, step)) and one.seconds}
+    return max(seconds, key=lambda name: seconds[name], default="")
 
 
 def _requested_threads() -> int | None:

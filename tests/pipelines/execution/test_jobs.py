@@ -46,7 +46,8 @@ def toy(publish):
         path = events / f"{name}.json"
         orders = json.loads(path.read_text()) if path.exists() else {}
         note = {"began": time.monotonic(), "threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid(),
-                "card": os.environ.get("CUDA_VISIBLE_DEVICES"), "deadline": inputs.deadline}
+                "card": os.environ.get("CUDA_VISIBLE_DEVICES"), "deadline": inputs.deadline,
+                "niceness": os.nice(0)}
         (events / f"{name}.began").write_text(json.dumps(note))
         print(f"{inputs.step} 1/2  loss 0.5  0:02 elapsed, 0:03 left\\nat work", file=sys.stderr, flush=True)
         limit = time.monotonic() + 600
@@ -142,7 +143,7 @@ def test_a_step_that_reads_no_reward_model_runs_beside_them_and_later_rounds_wai
 def test_independent_steps_overlap_and_every_step_waits_for_what_it_reads(recipe: Recipe) -> None:
     order(recipe, "rm/helpfulness", waits_for="rm-safety.began")
     order(recipe, "rm/safety", waits_for="rm-helpfulness.began")
-    ran = run_groups(recipe, side_by_side(recipe, cards=("2", "5")))
+    ran = run_groups(recipe, side_by_side(recipe, cards=("2", "5"), longest="rm/safety"))
     assert {artifact.manifest.step for artifact in ran.artifacts} == {step.name for step in recipe.steps}
     assert (ran.num_worked, ran.left) == (5, ())
     assert all(ended(recipe, "sft") < note(recipe, model)["began"] for model in MODELS)
@@ -153,6 +154,8 @@ def test_independent_steps_overlap_and_every_step_waits_for_what_it_reads(recipe
     assert len({note(recipe, model)["pid"] for model in MODELS} | {os.getpid()}) == 4
     assert {note(recipe, model)["threads"] for model in MODELS} == {"3"}
     assert [note(recipe, model)["card"] for model in MODELS[:2]] == ["2", "5"]
+    behind = {model for model in MODELS if note(recipe, model)["niceness"] > os.nice(0)}
+    assert behind == {"rm/helpfulness", "rm/judge"}, "the other models give way to the longest"
 
 
 def test_a_second_run_of_them_finds_all_done_and_starts_no_process(

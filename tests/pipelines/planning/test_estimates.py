@@ -131,31 +131,48 @@ def test_a_line_that_is_no_record_counts_by_its_bytes(line: str, tmp_path: Path)
     assert bytes_per_token(2) == 1.0
 
 
+# Pairs, the tokens of their rows, of the held-out pairs, and of the test pairs with the probe, counted: first on a CPU,
+# then on a GPU. How far the plan may be off: where long pairs are left out, it assumes how lengths are distributed.
+COUNTED = {
+    "tiny": (
+        0.45,
+        {
+            "helpfulness": (11_161, (699_317, 1_357_975), (40_091, 70_869), (543_133, 1_185_775)),
+            "safety": (6_535, (1_045_743, 1_464_509), (58_778, 97_428), (620_845, 1_430_813)),
+            "judge": (6_240, (559_214, 937_920), (78_437, 125_930), (620_845, 1_430_813)),
+        },
+    ),
+    "tiny-long": (
+        0.2,
+        {
+            "helpfulness": (32_180, (2_443_656, 4_419_029), (91_801, 130_813), (543_133, 1_185_775)),
+            "safety": (6_580, (1_247_834, 1_699_974), (72_876, 113_549), (620_845, 1_430_813)),
+            "judge": (15_820, (1_257_308, 2_224_699), (120_078, 174_958), (620_845, 1_430_813)),
+        },
+    ),
+}
+
+
 @pytest.mark.parametrize("gpu", [None, "rtx-4090"])
-def test_the_pairs_of_the_bundled_recipe_are_estimated(gpu: str | None) -> None:
-    """Against its pairs, the tokens of its rows, of its held-out pairs, and of its test pairs with the probe, counted: first on
-    a CPU, then on a GPU."""
-    counted = {
-        "helpfulness": (32_097, (3_641_211, 6_655_404), (139_679, 225_954), (537_374, 1_174_780)),
-        "safety": (6573, (1_550_444, 2_190_766), (84_299, 137_252), (614_909, 1_419_514)),
-        "judge": (15_797, (1_936_774, 3_454_936), (169_464, 271_906), (614_909, 1_419_514)),
-    }
-    recipe = load("configs/tiny.yaml", [f"run.gpu={gpu}"] if gpu else [])
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_pairs_of_the_bundled_recipes_are_estimated(name: str, gpu: str | None) -> None:
+    recipe = load(f"configs/{name}.yaml", [f"run.gpu={gpu}"] if gpu else [])
     shape = shape_of(recipe.base.model)
     assert shape is not None
     flops = 165e12 * 0.4 if gpu else CPU_FLOPS
+    off, counted = COUNTED[name]
     for which, (pairs, *tokens) in counted.items():
         step = recipe.step(f"rm/{which}")
         estimate = estimate_step(recipe, step)
         assert estimate is not None and estimate.optimizer_steps is not None
         trained, held_out, tested = (both[gpu is not None] for both in tokens)
         per_pair = float(re.findall(r"([0-9]+) tokens per pair", estimate.assumed)[0])
-        assert per_pair == pytest.approx(trained / pairs, rel=0.15)
+        assert per_pair == pytest.approx(trained / pairs, rel=0.2)
         config: Any = step.config
-        assert estimate.optimizer_steps == pytest.approx(pairs * config.epochs / config.pairs_per_step, rel=0.15)
-        passes = 1 + math.ceil(estimate.optimizer_steps / 50)
+        assert estimate.optimizer_steps == pytest.approx(pairs * config.epochs / config.pairs_per_step, rel=off)
+        passes = 1 + math.ceil(estimate.optimizer_steps / recipe.sections.tracking.eval_every)
         weights = 6 * trained * config.epochs + 2 * (passes * held_out + tested)
-        assert estimate.seconds == pytest.approx(weights * shape.block_weights / flops, rel=0.15)
+        assert estimate.seconds == pytest.approx(weights * shape.block_weights / flops, rel=off)
 
 
 def test_the_plan_names_data_that_no_step_could_read(path: Path, tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def _wandb() -> Any:
 
     # A run imports this when it starts. Its classes then search every frame of the call stack in all loaded modules,
     # which takes 4 s from within a step; a new thread has a short stack.
-    with ThreadPoolExecutor(1) as thread, suppress(ImportError):  # wandb's own affair: other versions may lack it
+    with ThreadPoolExecutor(1) as thread, suppress(ImportError):  # other versions may not have it
         thread.submit(import_module, "wandb.sdk.launch").result()
     return wandb
 

@@ -255,11 +255,9 @@ def _environment(group: Group, slot: int) -> Mapping[str, str]:
     }
     if group.threads is not None:
         environment["OMP_NUM_THREADS"] = str(group.threads)
-    if not group.cards:
-        environment |= distributed.KEEP_FREED_MEMORY
     if group.cards:
-        environment["CUDA_VISIBLE_DEVICES"] = group.cards[slot % len(group.cards)]
-    return environment
+        return environment | {"CUDA_VISIBLE_DEVICES": group.cards[slot % len(group.cards)]}
+    return distributed.KEEP_FREED_MEMORY | environment
 
 
 def _stop(processes: Iterable[_Process]) -> None:

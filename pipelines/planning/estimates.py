@@ -232,8 +232,8 @@ def _reward_mix(
 def _kept(mean: float, most: float) -> tuple[float, float]:
     """The share of records of this mean length that have at most `most` tokens, and their mean length.
 
-    Ours: lengths are assumed to be distributed exponentially (0.65 and 212 for the bundled helpfulness pairs and 512,
-    counted 0.66 and 211).
+    Ours: lengths are assumed to be distributed exponentially (0.65 and 212 for the bundled helpfulness pairs and 512;
+    counted 0.49 and 211).
     """
     if not mean:
         return 1.0, 0.0

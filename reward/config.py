@@ -51,7 +51,7 @@ class Contrast(Section):
         description="What the answer is compared with: a refusal, another prompt's answer of similar length, or a degenerate answer (half of them the prompt or an earlier message; a short answer, a phrase repeated, its own half, itself twice, one word), in shares of 4, 5 and 7 of 16; of the safety model 5, 1 and 2 of 8. Ours.",
     )
     max_tokens: Annotated[int, Field(ge=16)] | None = unless_null(
-        description="Longest dialog, in tokens, that contrast pairs are made of, also of those in which a refusal of a harmful prompt is preferred; null for any length. Short ones teach as much in less time. Ours."
+        description="Maximum length, in tokens, of the dialogs that contrast pairs are made of, and of pairs in which a refusal of a harmful prompt is preferred; null for any length. Short ones teach as much in less time. Ours."
     )
 
 
@@ -125,7 +125,7 @@ class Config(OptimizerSection):
         description="Share of the safety model's pairs that comes from data.helpfulness and data.open. Llama 2 section 3.2.2: 90/10.",
     )
     max_tokens: Annotated[int, Field(ge=16)] | None = unless_null(
-        description="Longest dialog, in tokens, of the pairs and labelled answers trained on and held out: oldest turns of longer ones are left out, then the whole pair. Test pairs keep their length. null: base.max_tokens. Ours; TRL's max_length."
+        description="Maximum length of a dialog, in tokens, in training and validation. Longer dialogs lose their oldest turns; a pair that is still too long is left out. Test pairs are limited by base.max_tokens only. null: base.max_tokens. Ours; TRL's max_length."
     )
     contrast: Contrast = Field(default_factory=Contrast, description="Contrast pairs made of data.sft.")
     row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(

@@ -176,8 +176,7 @@ def _contrast(
     longest = config.contrast.max_tokens
     apart = replace(encoder, dropped=Counter())  # dropped contrast pairs are not counted as the user's records
     short = replace(apart, max_tokens=min(encoder.max_tokens, longest or encoder.max_tokens))
-    if longest is not None:
-        dialogs = [dialog for dialog in dialogs if len(encoder.encode(dialog.messages).input_ids) <= longest]
+    dialogs = [dialog for dialog in dialogs if len(encoder.encode(dialog.messages).input_ids) <= short.max_tokens]
     kinds = config.contrast.kinds
     pairs: list[PairExample] = []
 

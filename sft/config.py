@@ -10,7 +10,8 @@ from llamachat.config.section import operational
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 1
 
-# Of a packed row. Attention is computed by sequence there, so longer rows only mean fewer and larger matrix products.
+# Tokens of a packed row on a CPU. Attention is computed by sequence there, so longer rows only mean fewer and larger
+# matrix products.
 CPU_ROW_TOKENS = 2048
 
 # Arguments of TRL's SFTConfig and the configuration key that sets each, or None if the stage itself sets it.
@@ -68,7 +69,7 @@ class Config(OptimizerSection):
     )
     row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
         "auto",
-        description="Length of a packed row, at most base.max_tokens; auto is base.max_tokens on a GPU, and 2048 on a CPU, where attention is computed by sequence. A longer dialog gets its own row.",
+        description="Length of a packed row, on a GPU at most base.max_tokens; auto is base.max_tokens on a GPU, and 2048 on a CPU, where attention is computed by sequence. A longer dialog gets its own row.",
     )
     rows_per_microbatch: int = operational(
         8, ge=1, description="Dialogs per forward pass without packing; with packing, a forward pass is always one row."

@@ -157,9 +157,9 @@ def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, dev
 
 def _row_tokens(config: Config, inputs: StepInputs, device: torch.device) -> int:
     """Length of a packed row."""
-    if config.row_tokens == "auto":
-        return CPU_ROW_TOKENS if device.type == "cpu" else inputs.base.max_tokens
-    return min(config.row_tokens, inputs.base.max_tokens)
+    if device.type == "cpu":
+        return CPU_ROW_TOKENS if config.row_tokens == "auto" else config.row_tokens
+    return inputs.base.max_tokens if config.row_tokens == "auto" else min(config.row_tokens, inputs.base.max_tokens)
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def lay_out(
     layouts: list[list[Row]] = []
     for group in groups:
         if packing:
-            rows = pack_evenly([lengths[index] for index in group], capacity, shares=world_size)
+            rows = _rows([lengths[index] for index in group], capacity, world_size)
             layouts.append([tuple(group[place] for place in row) for row in rows])
         else:
             # Similar lengths share a micro-batch. The longest come first, so that running out of memory shows at once.
@@ -159,6 +159,13 @@ def lay_out(
         world_size=world_size,
         tokens_per_step=tuple(sum(lengths[index] for row in layout for index in row) for layout in layouts),
     )
+
+
+def _rows(lengths: Sequence[int], capacity: int, world_size: int) -> list[list[int]]:
+    """Rows of similar length for several processes, unless that would need another micro-batch."""
+    rows = pack(lengths, capacity)
+    even = pack_evenly(lengths, capacity, shares=world_size)
+    return even if len(even) <= -(-len(rows) // world_size) * world_size else rows
 
 
 def epoch_order(count: int, epochs: float, seed: int | str) -> list[int]:

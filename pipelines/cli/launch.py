@@ -10,6 +10,7 @@ import atexit
 import errno
 import functools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -283,9 +284,7 @@ def divide(count: int, arguments: Sequence[str]) -> int:
 def start(count: int, arguments: Sequence[str]) -> int:
     """Run the command in `count` processes on this machine, and return the exit status of the first one that failed,
     or 0. When one fails, the others are stopped. torchrun does the same, but takes 2 s to load."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "PYTHONUNBUFFERED": "1"}
     sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     command = [sys.executable, "-m", "pipelines", *arguments]
     processes: list[subprocess.Popen[bytes]] = []
@@ -297,9 +296,9 @@ def start(count: int, arguments: Sequence[str]) -> int:
         while (status := _first_failure(processes)) is None:
             time.sleep(_POLL_S)
     except KeyboardInterrupt:  # the processes get a signal too, and the first one reports it
-        _stop(processes)
         return INTERRUPTED
-    _stop(processes)
+    finally:
+        _stop(processes)
     if status < 0:
         name = signal.Signals(-status).name
         print(f"llamachat: a process was ended by {name}. {MAYBE_NO_MEMORY}", file=sys.stderr)
@@ -307,11 +306,23 @@ def start(count: int, arguments: Sequence[str]) -> int:
     return status
 
 
+def _free_port() -> int:
+    """A free port below those that the system gives to outgoing connections, one of which could take it first."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UsageError("127.0.0.1: 100 ports between 20000 and 32000 are all in use. Free some, or set run.processes=1.")
+
+
 def _first_failure(processes: Sequence["subprocess.Popen[bytes]"]) -> int | None:
-    """The status of a process that failed, negative for a signal; 0 when all ended well; None while they run."""
+    """The status of a process that failed, negative for a signal; 0 when all ended well; None while they run.
+
+    A process that a signal ended comes first: the others fail because of it.
+    """
     statuses = [process.poll() for process in processes]
-    failed = next((status for status in statuses if status), None)
-    return None if failed is None and None in statuses else failed or 0
+    failed = min((status for status in statuses if status), default=0)
+    return None if not failed and None in statuses else failed
 
 
 def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:

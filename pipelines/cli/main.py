@@ -109,9 +109,6 @@ def _main(arguments: Sequence[str] | None) -> int:
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    if num_missing:
-        die_with_parent()
-        return start(num_missing, argv)
     signals = list[int]()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -119,9 +116,13 @@ def _main(arguments: Sequence[str] | None) -> int:
         signal.default_int_handler(number, frame)
 
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a background job of a script
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    for one in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(one) != signal.SIG_IGN:  # as for a background job of a script, and under nohup
+            before[one] = signal.signal(one, interrupt)
     try:
+        if num_missing:
+            die_with_parent()
+            return start(num_missing, argv)
         app(argv, prog_name="llamachat", obj=argv if arguments is None else None)
     except SystemExit as done:
         if isinstance(done.code, str):

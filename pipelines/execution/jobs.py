@@ -31,7 +31,7 @@ from pipelines.execution.run import Command, Ran, find_work, finished, open_comm
 from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve
 
 # Added to the niceness of steps that give way to the longest one of their group: it then has about as much of a core
-# as two of them together. With equal shares it would run on alone, when the others have ended.
+# as two of them together. With equal shares it would still run after the others have ended.
 GIVES_WAY = 3
 _FLUSH_S = 2.0  # the time that a process's last lines may take to arrive after its end
 
@@ -44,7 +44,7 @@ class Group:
     jobs: int = 1  # that run in parallel; a single one runs in this process
     threads: int | None = None  # per process; None leaves it to torch
     cards: tuple[str, ...] = ()  # one per process, as CUDA_VISIBLE_DEVICES names them; empty: not assigned
-    longest: str = ""  # the step that the others give way to, where there are more processes than cores; or none
+    longest: str = ""  # the others give way to this step if there are more processes than cores; empty: none
 
 
 @dataclass(frozen=True, slots=True)

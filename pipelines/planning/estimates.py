@@ -49,8 +49,8 @@ MOST_BYTES = 1 << 26  # read from one file; the rest is assumed to be similar
 # measured). For a set that is not local both are assumed: the paper's Table 6 has 150 to 800 tokens per answer.
 TOKENS_OF_A_PAIR, TOKENS_OF_A_PAIR_ON_A_CPU = 1.3, 1.0
 TOKENS_OF_A_HUB_PAIR = 500.0
-# The same for a contrast pair and a dialog that it is made of; a CPU computes a dialog once for all its pairs: 1.3 and
-# 0.54 to 0.67 (measured).
+# The same for a contrast pair, per token of its dialog; a CPU computes a dialog once for all its pairs: 1.3 and 0.54 to
+# 0.67 (measured).
 TOKENS_OF_A_CONTRAST_PAIR, TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU = 1.3, 0.6
 # Tokens of held-out and test pairs that are scored, per token of the same number of training pairs: an answer in
 # several pairs is scored once (0.6 to 0.85, measured with two recipes).
@@ -217,7 +217,7 @@ def _reward_mix(
     of_others = min(pool, of_own * share / (1 - share))
     contrast = (of_own + of_others) * config.contrast.share / (1 - config.contrast.share) if dialogs.records else 0.0
     contrast = min(contrast, MOST_HELD_OUT) if is_held_out else contrast
-    # Pairs whose chosen answer refuses a harmful prompt are as long as the model's own pairs.
+    # Pairs that prefer a refusal of a harmful prompt are as long as the model's own pairs, up to the limit.
     of_harmful = contrast * HARMFUL_SHARES.get(which or "", 0.0)
     tokens = in_pair * of_own * _kept(own_tokens, 2 * longest)[1]
     tokens += in_pair * of_others * _kept(other_tokens, 2 * longest)[1]

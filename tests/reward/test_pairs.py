@@ -37,7 +37,13 @@ def load(
     **config: Any,
 ) -> Examples:
     return load_examples(
-        Config(max_tokens=trained_tokens, **config), data, chat_format, which=which, system=system, max_tokens=max_tokens, seed=seed
+        Config(max_tokens=trained_tokens, **config),
+        data,
+        chat_format,
+        which=which,
+        system=system,
+        max_tokens=max_tokens,
+        seed=seed,
     )
 
 

@@ -34,7 +34,6 @@ from llamachat.data.records import as_prompt
 from llamachat.models.loading import load_base, load_policy
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Sampling
-from pipelines.planning.hardware import usable_cores
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -300,7 +299,7 @@ def main() -> None:
     place = (
         f"{model.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {dtype}, {options.clock} clock"
     )
-    cores = usable_cores()
+    cores = len(os.sched_getaffinity(0))
     command = [sys.executable, "-m", "benchmarks.rollout", *sys.argv[1:]]
     # With the clock of this process, other processes' work would count as none.
     is_divided = model.device.type == "cpu" and cores > 1 and options.clock == "wall"

@@ -403,7 +403,7 @@ def test_every_name_that_paper_map_places_in_a_file_stands_there() -> None:
 def test_every_recipe_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     recipes = sorted((ROOT / "configs").glob("*.yaml"))
-    assert len(recipes) == 11
+    assert len(recipes) == 12
     for path in recipes:
         # The base of these is fetched by a command, and need not be here.
         overrides = ["base.model=assets/base"] if path.stem.startswith("smollm2-") else []
@@ -425,7 +425,7 @@ def test_every_study_loads_and_its_tables_show_figures_that_there_are(monkeypatc
     for path in studies:
         plan = load_study(path)
         assert len(plan.variants) == len(plan.study.variants) * len(plan.study.seeds)
-        assert plan.run_dir == Path(f"runs/tiny-{path.stem}")
+        assert plan.run_dir == Path(f"runs/{Path(plan.study.extends).stem}-{path.stem}")
         assert all("sft" in {step.name for step in plan.before(name)} for name in plan.homes)
         assert "all together: about" in study_plan_text(plan)
         for table in plan.study.tables:

@@ -85,7 +85,12 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
                 }
                 for number, one in state["state"].items()
             }
-            optimizer.load_state_dict({**state, "state": moments})
+            # How this process steps its weights does not depend on the process that saved them.
+            groups = [
+                {**saved, **{name: own[name] for name in ("foreach", "fused") if name in own}}
+                for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+            ]
+            optimizer.load_state_dict({**state, "state": moments, "param_groups": groups})
         self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
 
 

@@ -74,7 +74,7 @@ def letters(artifact: Artifact) -> tuple[float, float]:
 def test_what_is_paid_for_comes_more_often(learn: Callable[[int], Artifact]) -> None:
     artifact = learn(1)
     summary = figures(artifact)
-    assert summary["ppo/test/difference/reward_combined_low"] > 0.2
+    assert summary["ppo/test/difference/reward_combined_low"] > 0.1
     assert summary["ppo/test/final/kl_to_reference"] > 0.5 > abs(summary["ppo/test/start/kl_to_reference"])
     first, last = letters(artifact)
     assert last > first + 0.2

@@ -60,6 +60,7 @@ def test_fp32_parameters_are_stepped_exactly_as_by_adamw():
         lr=1e-2,
         betas=(0.9, 0.95),
         eps=1e-5,
+        fused=True,
     )
     for step in range(5):
         for model, stepped in ((ours, optimizer), (theirs, reference)):

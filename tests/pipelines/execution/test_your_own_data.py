@@ -177,7 +177,8 @@ def check_training(shell: Shell) -> None:
         dropped = json.loads(Path(f"runs/rehearsal/{step}/artifact/manifest.json").read_text())["dropped_records"]
         left_out = sum(count for reason, count in dropped.items() if reason.startswith("left out"))
         assert learnt + held_out + left_out + on_side(path, "test", split) == len(records(path))
-        assert all(f"{count} {noun}: {reason}" in said for reason, count in dropped.items())
+        counted = "dialog" if command == "sft" else "record"  # pairs, and labelled answers
+        assert all(f"{count} {counted}{'s' * (count > 1)}: {reason}" in said for reason, count in dropped.items())
         assert command != "sft" or sum(dropped.values()) > 0, "the logs have dialogs that are too long"
 
 

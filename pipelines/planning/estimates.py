@@ -201,27 +201,27 @@ def _reward_mix(
     else:
         own, others, share = data.safety, (*data.helpfulness, *data.open), config.helpfulness_share
     in_record = TOKENS_OF_A_HUB_PAIR / TOKENS_OF_A_PAIR
-    measured = [work.measured(sources, hub_tokens=in_record) for sources in (own, others)]
+    ours, pool = (work.measured(sources, hub_tokens=in_record) for sources in (own, others))
     labels = work.measured(data.labels if which == "safety" else ())
     dialogs = work.measured(data.sft)
-    if measured[0] is None or measured[1] is None or labels is None or dialogs is None:
+    if ours is None or pool is None or labels is None or dialogs is None:
         return None
     longest = min(work.recipe.base.max_tokens, config.max_tokens or work.recipe.base.max_tokens)
     longest_contrast = min(longest, config.contrast.max_tokens or longest)
     on_cpu = work.setup.gpu is None
     in_pair = TOKENS_OF_A_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_PAIR
     in_contrast_pair = TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_CONTRAST_PAIR
-    own_tokens, other_tokens = (size.tokens_per_record for size in measured)
-    of_own = measured[0].records * split_share * _kept(own_tokens, 2 * longest)[0]
-    pool = 0.0 if is_held_out else measured[1].records * split_share * _kept(other_tokens, 2 * longest)[0]
-    of_others = min(pool, of_own * share / (1 - share))
+    share_kept, own_tokens = _kept(ours.tokens_per_record, 2 * longest)
+    of_own = ours.records * split_share * share_kept
+    share_kept, other_tokens = _kept(pool.tokens_per_record, 2 * longest)
+    others_kept = 0.0 if is_held_out else pool.records * split_share * share_kept
+    of_others = min(others_kept, of_own * share / (1 - share))
     contrast = (of_own + of_others) * config.contrast.share / (1 - config.contrast.share) if dialogs.records else 0.0
     contrast = min(contrast, MOST_HELD_OUT) if is_held_out else contrast
     # Pairs that prefer a refusal of a harmful prompt are as long as the model's own pairs, up to the limit.
     of_harmful = contrast * HARMFUL_SHARES.get(which or "", 0.0)
-    tokens = in_pair * of_own * _kept(own_tokens, 2 * longest)[1]
-    tokens += in_pair * of_others * _kept(other_tokens, 2 * longest)[1]
-    tokens += in_pair * of_harmful * _kept(own_tokens, 2 * longest_contrast)[1]
+    tokens = in_pair * (of_own * own_tokens + of_others * other_tokens)
+    tokens += in_pair * of_harmful * _kept(ours.tokens_per_record, 2 * longest_contrast)[1]
     tokens += in_contrast_pair * (contrast - of_harmful) * _kept(dialogs.tokens_per_record, longest_contrast)[1]
     if not is_held_out:
         share_kept, label_tokens = _kept(labels.tokens_per_record, longest)

@@ -106,7 +106,7 @@ def test_the_step_leaves_a_policy_a_record_and_pictures(learn: Callable[[int], A
     check_names(name for row in rows for name in row if name not in ("step", "time"))
     check_names(figures(artifact))
     assert [row["step"] for row in rows if "ppo/policy_loss" in row] == list(range(1, LEARNING["iterations"] + 1))
-    assert [row["step"] for row in rows if "ppo/heldout/score" in row] == [0, 5, 10]
+    assert [row["step"] for row in rows if "ppo/heldout/score" in row] == [0, 6, 12]
     ranks = {row["step"]: row["ppo/heldout/superiority"] for row in rows if "ppo/heldout/superiority" in row}
     published = artifact.manifest.details["iteration"]
     assert ranks[0] == 0.5 and published == max(ranks, key=lambda step: ranks[step])

@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from llamachat.errors import INTERRUPTED, LlamachatError, first_line
+from llamachat.imports import quick_imports
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -168,8 +169,9 @@ def opened() -> Iterator[None]:
     if not are_launched():
         yield
         return
-    import torch
-    from accelerate import PartialState
+    with quick_imports():
+        import torch
+        from accelerate import PartialState
 
     if not use_gpus():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` says; a trainer reads it again

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llamachat.data.packing import IGNORED
-from llamachat.maths import TOKENS_PER_CHUNK
+from llamachat.maths import tokens_per_chunk
 
 # PyTorch caches a CPU kernel for every shape: with arbitrary lengths, memory grew from 0.5 to 1.5 GiB in 200 rows.
 # Lengths are padded to a multiple, which is also faster.
@@ -38,6 +38,7 @@ def answer_token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     hidden_ND = nn.functional.pad(hidden_ND, (0, 0, 0, missing))
     labels_N = nn.functional.pad(labels_N, (0, missing), value=IGNORED)
     head = llama.get_output_embeddings()
-    chunks = zip(hidden_ND.split(TOKENS_PER_CHUNK), labels_N.split(TOKENS_PER_CHUNK), strict=True)
+    chunk = tokens_per_chunk(on_cpu=hidden_ND.device.type == "cpu")
+    chunks = zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True)
     losses = [nn.functional.cross_entropy(head(h).float(), y, reduction="none") for h, y in chunks]
     return torch.cat(losses)[:count]

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, entropies, and KL estimates from them; imports only torch.
 
 Shapes: B sequences, R response positions, N tokens, D hidden, V vocabulary. The head runs on one chunk of tokens at a
-time, which is recomputed in the backward pass, so [N, V] is never materialized.
+time, which is recomputed in the backward pass, so [N, V] is never materialized; on a CPU small ones are.
 All sums are in fp32, whatever the model's dtype.
 KL(policy || reference) is estimated from tokens sampled by the policy, in nats, at the sampling temperature. Both
 estimators are unbiased there (J. Schulman, "Approximating KL Divergence", 2020); k1 and its sum over a response may be
@@ -21,6 +21,9 @@ Head = Callable[[Tensor], Tensor]  # hidden states [n, D] -> logits [n, V]: `mod
 
 # A CPU caches one compiled kernel for each shape: lengths are padded to a multiple.
 SHAPE_MULTIPLE = 64
+# On a CPU, up to this many logits (64 MiB) are kept for the backward pass: computing them again would take a fifth of
+# the time of a small model's head.
+KEPT_LOGITS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,9 @@ def token_logprobs(
     temperature; with another one PPO's ratio would not start at 1.
     """
     assert temperature > 0, "at temperature 0 nothing is drawn, and no token has a probability"
+    on_cpu = hidden_ND.device.type == "cpu"
     if tokens_per_chunk is None:
-        tokens_per_chunk = maths.tokens_per_chunk(on_cpu=hidden_ND.device.type == "cpu")
+        tokens_per_chunk = maths.tokens_per_chunk(on_cpu=on_cpu)
     assert tokens_per_chunk > 0 and hidden_ND.shape[:1] == token_ids_N.shape
     count = len(token_ids_N)
     missing = -count % SHAPE_MULTIPLE
@@ -67,16 +71,22 @@ def token_logprobs(
         expected_logit_n = (probabilities_nV * logits_nV.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
         return logprobs_n, normalizer_n - expected_logit_n
 
+    is_kept = not torch.is_grad_enabled() or (on_cpu and count * _vocabulary(head, hidden_ND) <= KEPT_LOGITS)
     parts = []
     for hidden_nD, token_ids_n in zip(
         hidden_ND.split(tokens_per_chunk), token_ids_N.split(tokens_per_chunk), strict=True
     ):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(chunk, hidden_nD, token_ids_n, use_reentrant=False))
-        else:
+        if is_kept:
             parts.append(chunk(hidden_nD, token_ids_n))
+        else:
+            parts.append(checkpoint(chunk, hidden_nD, token_ids_n, use_reentrant=False))
     columns = [torch.cat(column)[:count] for column in zip(*parts, strict=True)]
     return TokenLogprobs(columns[0], columns[1] if with_entropy else None)
+
+
+def _vocabulary(head: Head, hidden_ND: Tensor) -> int:
+    with torch.no_grad():
+        return head(hidden_ND[:0]).shape[-1]
 
 
 def k1(policy_logprobs_BR: Tensor, reference_logprobs_BR: Tensor, *, response_mask_BR: Tensor) -> Tensor:

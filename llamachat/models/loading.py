@@ -397,6 +397,10 @@ def load_llama(
     _check_weights(report, location, may_lack)
     if attention == "auto" and not has_flash and can_use_varlen_attention(config, dtype, torch.device(device)):
         use_varlen_attention(model)
+    if device == "cpu":
+        from llamachat.models.norms import use_fast_norms
+
+        use_fast_norms(model)
     if is_nf4:
         nf4.close_cpu_trap(model)
         source = trunk_digest(nf4.model_folder(location), values_per_weight=VALUES_PER_WEIGHT)

@@ -14,7 +14,7 @@ VERSION = 9
 # Share of a model's contrast pairs in which a refusal of a harmful prompt is preferred.
 HARMFUL_SHARES: Mapping[str, float] = {"safety": 0.5, "judge": 0.05}
 
-MOST_HELD_OUT = 500  # maximum number of contrast pairs for validation, since every evaluation scores them
+MOST_HELD_OUT = 250  # maximum number of contrast pairs for validation, since every evaluation scores them
 MOST_PROBED = 300  # maximum number of prompts in the probe
 
 CPU_ROW_TOKENS = 2048  # 15.3k tokens per second with the bundled model; rows of 512 and 1024 give 13.7k and 14.5k

@@ -31,16 +31,15 @@ class PairExample:
     preference: Preference  # the original record, for ratings, labels and text baselines
     domain: Domain
     source: str  # path of its file
+    shared: int = field(init=False)  # tokens of the common prefix: the prompt, and the start that the answers share
 
     @property
     def tokens(self) -> int:
         return len(self.chosen) + len(self.rejected)
 
-    @property
-    def shared(self) -> int:
-        """Length of the common prefix in tokens: the prompt and the shared start of the answers."""
+    def __post_init__(self) -> None:
         both = zip(self.chosen, self.rejected[:-1], strict=False)
-        return sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], both))
+        object.__setattr__(self, "shared", sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], both)))
 
 
 @dataclass(slots=True)

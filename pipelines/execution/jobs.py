@@ -30,9 +30,9 @@ from llamachat.training.progress import SharedProgress
 from pipelines.execution.run import Command, Ran, find_work, finished, open_command, run_step
 from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve
 
-# Added to the niceness of steps that give way to the longest one of their group: it then has about as much of a core
-# as two of them together. With equal shares it would still run after the others have ended.
-GIVES_WAY = 3
+# Added to the niceness of steps that give way to the longest one of their group: it then has one and a half times the
+# share of any of them. With equal shares it would still run after the others have ended.
+GIVES_WAY = 2
 _FLUSH_S = 2.0  # the time that a process's last lines may take to arrive after its end
 
 

@@ -13,12 +13,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from llamachat import distributed
@@ -30,9 +31,7 @@ from llamachat.training.progress import SharedProgress
 from pipelines.execution.run import Command, Ran, find_work, finished, open_command, run_step
 from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve
 
-# Added to the niceness of steps that give way to the longest one of their group: it then has one and a half times the
-# share of any of them. With equal shares it would still run after the others have ended.
-GIVES_WAY = 2
+TURN_S = 0.25  # how long a step runs or waits where there are more steps than cores
 _FLUSH_S = 2.0  # the time that a process's last lines may take to arrive after its end
 
 
@@ -44,7 +43,8 @@ class Group:
     jobs: int = 1  # that run in parallel; a single one runs in this process
     threads: int | None = None  # per process; None leaves it to torch
     cards: tuple[str, ...] = ()  # one per process, as CUDA_VISIBLE_DEVICES names them; empty: not assigned
-    longest: str = ""  # the others give way to this step if there are more processes than cores; empty: none
+    at_once: int = 0  # processes that run at any moment if they need more cores than there are; 0: all
+    longest: str = ""  # of the steps, which then always runs, while the others take turns; empty: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,7 @@ def _run_side_by_side(command: Command, group: Group, steps: Iterable[Step]) -> 
     _free_cards()
     free, running = list(range(group.jobs)), dict[str, _Process]()
     events: SimpleQueue[_Event] = SimpleQueue()
+    turns = _Turns(group.at_once, group.longest)
     with SharedProgress() as progress:
         try:
             while waiting or running:
@@ -154,7 +155,11 @@ def _run_side_by_side(command: Command, group: Group, steps: Iterable[Step]) -> 
                         command.num_worked += 1
                 if not running:
                     break
-                event = events.get()
+                turns.take(running)
+                try:
+                    event = events.get(timeout=TURN_S if group.at_once else None)
+                except Empty:
+                    continue
                 if event.line is not None:
                     if event.step in running and event.line.strip():
                         running[event.step].last_line = event.line
@@ -201,6 +206,7 @@ class _Process:
     def __init__(self, command: Command, group: Group, step: Step, slot: int, events: "SimpleQueue[_Event]") -> None:
         self.slot = slot
         self.last_line = ""
+        self._may_run = True
         self._step, self._events = step.name, events
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "pipelines", "job"],
@@ -216,7 +222,6 @@ class _Process:
             "step": step.name,
             "overwrite": command.should_overwrite,
             "deadline": command.deadline,
-            "gives_way": group.longest not in ("", step.name),
         }
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stream:  # its exit status says what went wrong
@@ -235,14 +240,49 @@ class _Process:
         self._reader.join(_FLUSH_S)  # a service that it started may keep the pipe open
         self._events.put(_Event(self._step, status=status))
 
+    def let_run(self, may_run: bool) -> None:
+        """Stop or continue the process, unless it is already."""
+        if may_run != self._may_run:
+            self._may_run = may_run
+            self._process.send_signal(signal.SIGCONT if may_run else signal.SIGSTOP)
+
     def terminate(self) -> None:
         self._process.terminate()
+        self.let_run(True)  # it can save its state only while it runs
 
     def kill(self) -> None:
         self._process.kill()
 
     def wait(self) -> None:
         self._process.wait()
+
+
+class _Turns:
+    """Lets only as many of the processes run at once as there are cores, in turns.
+
+    The system would switch between them every few milliseconds, and each time the caches have to be filled again: a
+    tenth of the time of a small model's training.
+    """
+
+    def __init__(self, at_once: int, longest: str) -> None:
+        self._at_once, self._longest = at_once, longest
+        self._ends = 0.0
+        self._last: dict[str, int] = {}  # the number of each step's last turn
+        self._number = 0
+
+    def take(self, running: Mapping[str, _Process]) -> None:
+        """Begin the next turn if it is time, or if a process has begun or ended."""
+        is_over = time.monotonic() >= self._ends
+        if not self._at_once or not (is_over or running.keys() != self._last.keys()):
+            return
+        self._ends = time.monotonic() + TURN_S
+        self._number += 1
+        self._last = {step: self._last.get(step, 0) for step in running}
+        # The longest step first, then those that have waited longest.
+        order = sorted(running, key=lambda step: (step != self._longest, self._last[step]))
+        self._last |= dict.fromkeys(order[: self._at_once], self._number)
+        for place, step in enumerate(order):
+            running[step].let_run(place < self._at_once)
 
 
 def _environment(group: Group, slot: int) -> Mapping[str, str]:
@@ -279,8 +319,6 @@ def run_job(order: str) -> None:
     # At Ctrl-C the terminal sends SIGINT to every process; the parent process stops this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     values: dict[str, Any] = json.loads(order)
-    if values["gives_way"]:
-        os.nice(GIVES_WAY)
     recipe = resolve(from_plain(RecipeSections, values["recipe"]))
     step = recipe.step(values["step"])
     run_step(recipe, step, should_overwrite=values["overwrite"], deadline=values["deadline"])

@@ -8,10 +8,11 @@ weights are read.
 import gzip
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -43,6 +44,7 @@ from sft import Config as SftConfig
 
 LLAMA_2_PIECES = 32_000
 HUB_TOKENS = 200.0  # per dialog of a set that is not local; ours, assumed
+GROUPS = 50  # of records of similar length in a file
 MOST_BYTES = 1 << 26  # read from one file; the rest is assumed to be similar
 # Tokens in a batch per token of a pair's record, in which the prompt occurs once. A CPU computes the
 # prompt once, so it needs fewer (1.2 and 1.0 for the bundled helpfulness pairs, 1.6 and 1.1 for the safety pairs;
@@ -211,34 +213,20 @@ def _reward_mix(
     on_cpu = work.setup.gpu is None
     in_pair = TOKENS_OF_A_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_PAIR
     in_contrast_pair = TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_CONTRAST_PAIR
-    share_kept, own_tokens = _kept(ours.tokens_per_record, 2 * longest)
-    of_own = ours.records * split_share * share_kept
-    share_kept, other_tokens = _kept(pool.tokens_per_record, 2 * longest)
-    others_kept = 0.0 if is_held_out else pool.records * split_share * share_kept
-    of_others = min(others_kept, of_own * share / (1 - share))
+    own_kept, others_kept = ours.up_to(2 * longest), pool.up_to(2 * longest)
+    of_own = own_kept.records * split_share
+    of_others = 0.0 if is_held_out else min(others_kept.records * split_share, of_own * share / (1 - share))
     contrast = (of_own + of_others) * config.contrast.share / (1 - config.contrast.share) if dialogs.records else 0.0
     contrast = min(contrast, MOST_HELD_OUT) if is_held_out else contrast
     # Pairs that prefer a refusal of a harmful prompt are as long as the model's own pairs, up to the limit.
     of_harmful = contrast * HARMFUL_SHARES.get(which or "", 0.0)
-    tokens = in_pair * (of_own * own_tokens + of_others * other_tokens)
-    tokens += in_pair * of_harmful * _kept(ours.tokens_per_record, 2 * longest_contrast)[1]
-    tokens += in_contrast_pair * (contrast - of_harmful) * _kept(dialogs.tokens_per_record, longest_contrast)[1]
+    tokens = in_pair * (of_own * own_kept.tokens_per_record + of_others * others_kept.tokens_per_record)
+    tokens += in_pair * of_harmful * ours.up_to(2 * longest_contrast).tokens_per_record
+    tokens += in_contrast_pair * (contrast - of_harmful) * dialogs.up_to(longest_contrast).tokens_per_record
     if not is_held_out:
-        share_kept, label_tokens = _kept(labels.tokens_per_record, longest)
-        tokens += labels.records * split_share * share_kept * label_tokens
+        labels = labels.up_to(longest)
+        tokens += labels.records * split_share * labels.tokens_per_record
     return of_own + of_others + contrast, tokens
-
-
-def _kept(mean: float, most: float) -> tuple[float, float]:
-    """The share of records of this mean length that have at most `most` tokens, and their mean length.
-
-    Ours: lengths are assumed to be distributed exponentially (0.65 and 212 for the bundled helpfulness pairs and 512;
-    counted 0.49 and 211).
-    """
-    if not mean:
-        return 1.0, 0.0
-    longer = math.exp(-most / mean)
-    return 1 - longer, mean - most * longer / (1 - longer)
 
 
 def _tested_tokens(work: _Work) -> float:
@@ -343,6 +331,13 @@ class DataSize:
 
     records: float
     tokens_per_record: float
+    # Records of similar length: their number, and their tokens per record.
+    groups: tuple[tuple[float, float], ...] = field(default=(), compare=False)
+
+    def up_to(self, most: float) -> "DataSize":
+        """The records of at most this many tokens."""
+        groups = tuple(group for group in self.groups if group[1] <= most)
+        return _joined(groups)
 
 
 def measure_data(
@@ -358,14 +353,27 @@ def measure_data(
     tokenizer's vocabulary; with `prompts_only`, only the prompts of pairs and the questions of dialogs count, not the
     answers.
     """
-    records = tokens = 0.0
+    groups: list[tuple[float, float]] = []
     for source in sources:
         size = _measure(source, hub_tokens, bytes_per_token(vocabulary), prompts_only=prompts_only)
         if size is None:
             return None
-        records += size.records * source.weight
-        tokens += size.records * size.tokens_per_record * source.weight
-    return DataSize(records, tokens / records if records else 0.0)
+        groups += [(records * source.weight, tokens) for records, tokens in size.groups]
+    return _joined(groups)
+
+
+def _joined(groups: Iterable[tuple[float, float]]) -> DataSize:
+    groups = tuple(groups)
+    records = math.fsum(records for records, _ in groups)
+    tokens = math.fsum(records * tokens for records, tokens in groups)
+    return DataSize(records, tokens / records if records else 0.0, groups)
+
+
+def _distributed(records: float, mean: float) -> DataSize:
+    """Records of which only the mean length is known. Ours: their lengths are distributed exponentially."""
+    lengths = [-math.log((part + 0.5) / GROUPS) for part in range(GROUPS)]
+    scale = mean * GROUPS / math.fsum(lengths)
+    return _joined((records / GROUPS, scale * length) for length in lengths)
 
 
 def bytes_per_token(vocabulary: int) -> float:
@@ -385,30 +393,37 @@ def _num_prompts(most: int | None, prompts: DataSize | None, train_share: float)
 def _measure(source: DataSource, hub_tokens: float, in_token: float, *, prompts_only: bool) -> DataSize | None:
     path = regular_file(Path(source.path))
     if not path.is_file():
-        return DataSize(source.limit, hub_tokens) if source.limit is not None and not path.exists() else None
+        return _distributed(source.limit, hub_tokens) if source.limit is not None and not path.exists() else None
+    share = (PROMPT_TOKENS_A_TOKEN if prompts_only else 1.0) / in_token
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        size = _measure_lines(path, path.stat().st_mtime_ns, source.limit, prompts_only=prompts_only)
-    else:
-        size = _measure_parquet(path, source.limit) if path.suffix == ".parquet" else None
-    share = PROMPT_TOKENS_A_TOKEN if prompts_only else 1.0
-    return size and DataSize(size[0], share * size[1] / in_token)
+        groups = _measure_lines(path, path.stat().st_mtime_ns, source.limit, prompts_only=prompts_only)
+        return _joined((records, share * num_bytes) for records, num_bytes in groups)
+    size = _measure_parquet(path, source.limit) if path.suffix == ".parquet" else None
+    return size and _distributed(size[0], share * size[1])
 
 
 @lru_cache(maxsize=256)  # the search for settings that fit calls this again and again
-def _measure_lines(path: Path, changed_ns: int, limit: int | None, *, prompts_only: bool) -> tuple[float, float]:
-    """The number of records, and the mean bytes per record."""
-    lines = num_bytes = num_read = 0
+def _measure_lines(
+    path: Path, changed_ns: int, limit: int | None, *, prompts_only: bool
+) -> tuple[tuple[float, float], ...]:
+    """Records of similar length: their number, and their bytes per record."""
+    lengths, num_read, whole = list[int](), 0, 0.0
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else path.open("rb") as stream:
         for line in bounded_lines(cast(IO[bytes], stream)):
-            if lines == limit:
+            if len(lengths) == limit:
                 break
-            lines, num_read = lines + 1, num_read + len(line)
-            num_bytes += _prompt_bytes(line) if prompts_only else len(line)
+            num_read += len(line)
+            lengths.append(_prompt_bytes(line) if prompts_only else len(line))
             if num_read >= MOST_BYTES:
                 position = raw.tell() if path.suffix == ".gz" else num_read
-                whole = lines * max(1.0, path.stat().st_size / position)
-                return min(whole, limit) if limit else whole, num_bytes / lines
-    return lines, num_bytes / lines if lines else 0.0
+                whole = len(lengths) * max(1.0, path.stat().st_size / position)
+                break
+    count = len(lengths)
+    records = min(whole or count, limit or math.inf)
+    lengths.sort()
+    bounds = [count * part // GROUPS for part in range(GROUPS + 1)]
+    parts = [lengths[start:end] for start, end in pairwise(bounds) if end > start]
+    return tuple((records * len(part) / count, sum(part) / len(part)) for part in parts)
 
 
 def _prompt_bytes(line: bytes) -> int:

@@ -71,8 +71,9 @@ def _group(recipe: Recipe, steps: Sequence[Step]) -> Group:
     if jobs == 1:
         return Group(tuple(steps))
     threads = threads or max(1, cores // jobs)
-    longest = _longest(recipe, steps) if not cards and jobs * threads > cores else ""
-    return Group(tuple(steps), jobs, threads, tuple(cards), longest)
+    if cards or jobs * threads <= cores:
+        return Group(tuple(steps), jobs, threads, tuple(cards))
+    return Group(tuple(steps), jobs, threads, at_once=max(1, cores // threads), longest=_longest(recipe, steps))
 
 
 def _longest(recipe: Recipe, steps: Sequence[Step]) -> str:

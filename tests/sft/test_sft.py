@@ -118,7 +118,7 @@ def some_examples() -> list[TokenizedExample]:
 def test_losses_of_answer_tokens_equal_a_loop_over_single_dialogs(
     collate: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loss_module, "TOKENS_PER_CHUNK", chunk)
+    monkeypatch.setattr(loss_module, "tokens_per_chunk", lambda on_cpu: chunk)
     model, examples = tiny_llama(), some_examples()
     with torch.no_grad():
         expected = torch.stack([loss for example in examples for loss in slow_losses(model, example)])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, mannwhitneyu
 from sklearn.metrics import balanced_accuracy_score, precision_score, recall_score, roc_auc_score
 
+from llamachat.maths import intervals
 from llamachat.maths.intervals import (
     Difference,
     auroc,
@@ -152,3 +153,12 @@ def test_the_interval_of_superiority_covers_the_truth_in_19_of_20_experiments() 
         result = superiority(prompts + rng.normal(size=60), prompts + rng.normal(size=60), draws=400, seed=seed)
         covered += result.low <= 0.5 <= result.high
     assert 0.9 <= covered / 200 <= 0.985
+
+
+def test_differences_of_as_many_items_share_their_draws_and_equal_those_that_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = np.random.default_rng(1).random((3, 100))
+    shared = [paired_bootstrap(values[0], other) for other in values[1:]]
+    monkeypatch.setattr(intervals, "_MOST_KEPT", 0)
+    assert shared == [paired_bootstrap(values[0], other) for other in values[1:]]

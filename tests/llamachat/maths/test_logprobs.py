@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn, tensor
 from torch.testing import assert_close
 
+from llamachat.maths import logprobs
 from llamachat.maths.logprobs import token_logprobs
 
 D, V = 8, 321
@@ -52,7 +53,11 @@ def test_a_token_that_the_head_rules_out_leaves_the_entropy_finite() -> None:
 @pytest.mark.parametrize(
     ("count", "tokens_per_chunk"), [(0, 64), (1, 1), (1, 64), (63, 4096), (64, 64), (65, 64), (200, 64), (200, 100)]
 )
-def test_chunks_give_the_numbers_and_gradients_of_all_at_once(count: int, tokens_per_chunk: int) -> None:
+@pytest.mark.parametrize("kept", [0, logprobs.KEPT_LOGITS])
+def test_chunks_give_the_numbers_and_gradients_of_all_at_once(
+    count: int, tokens_per_chunk: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS", kept)
     hidden_ND, ids_N, head = problem(count)
     weights_N, more_N = torch.randn(count), torch.randn(count)
     gradients = []
@@ -92,21 +97,24 @@ def test_a_model_in_half_precision_is_summed_in_full() -> None:
     assert_close(result.entropy, entropy, rtol=1e-5, atol=1e-5)
 
 
-def test_no_logits_are_kept_for_the_backward_pass_and_at_most_a_chunk_exists_at_once() -> None:
+@pytest.mark.parametrize("most", [0, logprobs.KEPT_LOGITS])
+def test_large_logits_are_not_kept_and_small_ones_are_not_made_again(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS", most)
     hidden_ND, ids_N, head = problem(256)
     kept: list[int] = []
     chunks: list[int] = []
 
     def watched(hidden_nD: Tensor) -> Tensor:
-        chunks.append(len(hidden_nD))
+        if len(hidden_nD):  # without rows it is only asked for the size of the vocabulary
+            chunks.append(len(hidden_nD))
         return head(hidden_nD)
 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         result = token_logprobs(hidden_ND, ids_N, head=watched, with_entropy=True, tokens_per_chunk=64)
-    assert max(kept, default=0) <= 256 * D, "hidden states, never 64 rows of logits"
-    assert chunks == [64] * 4
+    assert chunks == [64] * 4, "at most a chunk exists at once"
+    assert (max(kept, default=0) <= 256 * D) == (most == 0), "hidden states, never 64 rows of logits"
     result.logprobs.sum().backward()
-    assert chunks == [64] * 8, "each chunk is made again, on its own"
+    assert chunks == [64] * (8 if most == 0 else 4)
 
 
 def test_a_frozen_head_lets_the_gradient_through() -> None:

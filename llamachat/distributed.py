@@ -279,11 +279,28 @@ def sum_gradients(params: Iterable["Tensor"], *, scale: float = 1.0) -> None:
 
     for trained in _transfers(params):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        flat = torch.cat([grad.reshape(-1).float() for grad in grads])
-        group.all_reduce(flat)
+        flat = _sum_of_all([grad.reshape(-1) for grad in grads])
         flat *= scale
         for param, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
             param.grad = part.view_as(grad).to(grad.dtype)
+
+
+def _sum_of_all(parts: Sequence["Tensor"]) -> "Tensor":
+    """The sum in fp32 of all processes' tensors, one after another in one tensor."""
+    import torch
+
+    group = _group()
+    if group.get_world_size() == 2 and len({part.dtype for part in parts}) == 1 and parts[0].device.type == "cpu":
+        # gloo would transfer fp32 and take three times as long.
+        mine, peer = torch.cat(parts), 1 - group.get_rank()
+        theirs = torch.empty_like(mine)
+        transfers = [group.isend(mine, peer), group.irecv(theirs, peer)]
+        for transfer in transfers:
+            transfer.wait()
+        return mine.float() + theirs
+    flat = torch.cat([part.float() for part in parts])
+    group.all_reduce(flat)
+    return flat
 
 
 def _transfers(params: Iterable["Tensor"]) -> Iterator[list["Tensor"]]:

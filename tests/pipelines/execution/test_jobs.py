@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ import torch
 from llamachat.errors import LlamachatError
 from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.checkpoints import newest
+from pipelines.execution import jobs
 from pipelines.execution.jobs import Group, StepsFailedError, independent_steps, one_by_one, run_groups
+from pipelines.planning.hardware import usable_cores
 from pipelines.recipe.recipe import Recipe, load
 from tests.killed_steps import ENVIRONMENT, ROOT, results
 from tests.recipes import preference_data, write_recipe
@@ -46,8 +49,7 @@ def toy(publish):
         path = events / f"{name}.json"
         orders = json.loads(path.read_text()) if path.exists() else {}
         note = {"began": time.monotonic(), "threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid(),
-                "card": os.environ.get("CUDA_VISIBLE_DEVICES"), "deadline": inputs.deadline,
-                "niceness": os.nice(0)}
+                "card": os.environ.get("CUDA_VISIBLE_DEVICES"), "deadline": inputs.deadline}
         (events / f"{name}.began").write_text(json.dumps(note))
         print(f"{inputs.step} 1/2  loss 0.5  0:02 elapsed, 0:03 left\\nat work", file=sys.stderr, flush=True)
         limit = time.monotonic() + 600
@@ -143,7 +145,7 @@ def test_a_step_that_reads_no_reward_model_runs_beside_them_and_later_rounds_wai
 def test_independent_steps_overlap_and_every_step_waits_for_what_it_reads(recipe: Recipe) -> None:
     order(recipe, "rm/helpfulness", waits_for="rm-safety.began")
     order(recipe, "rm/safety", waits_for="rm-helpfulness.began")
-    ran = run_groups(recipe, side_by_side(recipe, cards=("2", "5"), longest="rm/safety"))
+    ran = run_groups(recipe, side_by_side(recipe, cards=("2", "5")))
     assert {artifact.manifest.step for artifact in ran.artifacts} == {step.name for step in recipe.steps}
     assert (ran.num_worked, ran.left) == (5, ())
     assert all(ended(recipe, "sft") < note(recipe, model)["began"] for model in MODELS)
@@ -154,8 +156,35 @@ def test_independent_steps_overlap_and_every_step_waits_for_what_it_reads(recipe
     assert len({note(recipe, model)["pid"] for model in MODELS} | {os.getpid()}) == 4
     assert {note(recipe, model)["threads"] for model in MODELS} == {"3"}
     assert [note(recipe, model)["card"] for model in MODELS[:2]] == ["2", "5"]
-    behind = {model for model in MODELS if note(recipe, model)["niceness"] > os.nice(0)}
-    assert behind == {"rm/helpfulness", "rm/judge"}, "the other models give way to the longest"
+
+
+def test_more_steps_than_cores_take_turns_and_the_longest_always_runs(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "TURN_S", 0.05)
+    for model in MODELS:
+        order(recipe, model, waits_for="enough")
+    seen: list[dict[str, bool]] = []  # whether each model's process could run, at a moment
+
+    def watch() -> None:
+        while not all(began(recipe, model) for model in MODELS):
+            time.sleep(0.01)
+        processes = {model: psutil.Process(note(recipe, model)["pid"]) for model in MODELS}
+        while len({tuple(one.values()) for one in seen}) < 2 or len(seen) < 20:
+            seen.append({model: one.status() != psutil.STATUS_STOPPED for model, one in processes.items()})
+            time.sleep(0.02)
+        (Path(recipe.run.dir).parent / "events" / "enough").touch()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    ran = run_groups(recipe, side_by_side(recipe, 3, at_once=2, longest="rm/safety"))
+    watcher.join()
+    assert ran.num_worked == 5, "a stopped process is continued to its end"
+    assert all(one["rm/safety"] for one in seen)
+    for other in ("rm/helpfulness", "rm/judge"):
+        assert {one[other] for one in seen} == {True, False}
+    # A moment lies between the signals of a turn.
+    assert sum(list(one.values()).count(True) == 2 for one in seen) > len(seen) / 2
 
 
 def test_a_second_run_of_them_finds_all_done_and_starts_no_process(
@@ -261,11 +290,12 @@ def test_a_step_that_is_refused_before_it_starts_is_a_failure_too(recipe: Recipe
 
 
 def command(tmp_path: Path) -> "subprocess.Popen[str]":
+    """The reward models, two at a time; since each has all cores, they take turns, and one of them is always stopped."""
     places = [str(tmp_path / "toys"), str(ROOT)]
     return subprocess.Popen(
         [sys.executable, "-m", "pipelines", "rm", "--config", str(tmp_path / "recipe.yaml"), "run.jobs=2"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": str(usable_cores())},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -86,21 +86,21 @@ def test_as_many_at_once_as_the_machine_allows(
     assert group.cards == (place.get("cards", ()) if jobs > 1 else ())
 
 
-def test_where_processes_share_cores_the_others_give_way_to_the_longest_step(
+def test_where_processes_share_cores_they_take_turns_and_the_longest_step_always_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {"rm/helpfulness": 50.0, "rm/safety": 90.0, "rm/judge": 70.0}
     recipe = tiny(tmp_path=tmp_path)
-    for cores, longest in ((2, "rm/safety"), (8, "")):
+    for cores, at_once, longest in ((2, 2, "rm/safety"), (8, 0, "")):
         set_machine(monkeypatch, cores=cores)
         monkeypatch.setattr(
             side_by_side,
             "estimate_step",
             lambda recipe, step: Estimate(seconds=seconds.get(step.name, 1.0), memory={"all": 5 * GIB}),
         )
-        assert models(recipe).longest == longest
+        assert (models(recipe).at_once, models(recipe).longest) == (at_once, longest)
     set_machine(monkeypatch, cards=("0", "1"))
-    assert models(recipe).longest == ""
+    assert (models(recipe).at_once, models(recipe).longest) == (0, "")
 
 
 @pytest.mark.parametrize(

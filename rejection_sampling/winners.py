@@ -38,7 +38,7 @@ class Winner:
     text: str
     round: str  # the step that sampled it
     tokens: int = 0
-    score: float = 0.0  # combined, raw
+    score: float = 0.0  # combined, raw; as sampled, until winners are pooled with others
     is_unsafe: bool = False  # below the gate's threshold; ranks below all others
 
     @property
@@ -57,7 +57,9 @@ def winners_of(
             place = candidates[0]
             if draw_seed is not None:  # sorted by text, so that the draw is independent of the scores
                 place = _drawn(sorted(candidates, key=group.texts.__getitem__), prompt, salt=f"{draw_seed} {step}")
-            winners.append(Winner(prompt, group.texts[place], step, tokens=group.tokens[place]))
+            winners.append(
+                Winner(prompt, group.texts[place], step, tokens=group.tokens[place], score=group.combined[place])
+            )
     return winners
 
 
@@ -123,7 +125,9 @@ def pooled_winners(
 
     Of equal winners the earlier round's is kept. Prompts keep their first order, with earlier rounds first.
     """
-    scored = _scored_again(scorer, _each_once([*earlier, *own]))
+    scored = _each_once([*earlier, *own])
+    if earlier or len({winner.key for winner in scored}) < len(scored):
+        scored = _scored_again(scorer, scored)  # otherwise none is compared with another
     if keeps_all:
         return scored
     by_prompt: dict[Key, list[Winner]] = {}

@@ -15,7 +15,7 @@ VERSION = 9
 HARMFUL_SHARES: Mapping[str, float] = {"safety": 0.5, "judge": 0.05}
 
 MOST_HELD_OUT = 250  # maximum number of contrast pairs for validation, since every evaluation scores them
-MOST_PROBED = 300  # maximum number of prompts in the probe
+MOST_PROBED = 200  # maximum number of prompts in the probe
 
 CPU_ROW_TOKENS = 2048  # 15.3k tokens per second with the bundled model; rows of 512 and 1024 give 13.7k and 14.5k
 

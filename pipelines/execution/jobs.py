@@ -44,7 +44,7 @@ class Group:
     threads: int | None = None  # per process; None leaves it to torch
     cards: tuple[str, ...] = ()  # one per process, as CUDA_VISIBLE_DEVICES names them; empty: not assigned
     at_once: int = 0  # processes that run at any moment if they need more cores than there are; 0: all
-    longest: str = ""  # of the steps, which then always runs, while the others take turns; empty: none
+    seconds: tuple[float, ...] = ()  # that each step takes by the plan: its share of the cores; empty: equal shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def _run_side_by_side(command: Command, group: Group, steps: Iterable[Step]) -> 
     _free_cards()
     free, running = list(range(group.jobs)), dict[str, _Process]()
     events: SimpleQueue[_Event] = SimpleQueue()
-    turns = _Turns(group.at_once, group.longest)
+    turns = _Turns(group)
     with SharedProgress() as progress:
         try:
             while waiting or running:
@@ -261,28 +261,31 @@ class _Turns:
     """Lets only as many of the processes run at once as there are cores, in turns.
 
     The system would switch between them every few milliseconds, and each time the caches have to be filled again: a
-    tenth of the time of a small model's training.
+    tenth of the time of a small model's training. Each runs for its share of the time, so that all end together.
     """
 
-    def __init__(self, at_once: int, longest: str) -> None:
-        self._at_once, self._longest = at_once, longest
-        self._ends = 0.0
-        self._last: dict[str, int] = {}  # the number of each step's last turn
-        self._number = 0
+    def __init__(self, group: Group) -> None:
+        names = [step.name for step in group.steps]
+        self._at_once = group.at_once
+        self._shares = dict(zip(names, group.seconds or [1.0] * len(names), strict=True))
+        self._ran: dict[str, float] = {}  # seconds over share
+        self._began = time.monotonic()
+        self._at_work: list[str] = []
 
     def take(self, running: Mapping[str, _Process]) -> None:
         """Begin the next turn if it is time, or if a process has begun or ended."""
-        is_over = time.monotonic() >= self._ends
-        if not self._at_once or not (is_over or running.keys() != self._last.keys()):
+        now = time.monotonic()
+        is_unchanged = running.keys() == self._ran.keys()
+        if not self._at_once or (is_unchanged and now < self._began + TURN_S):
             return
-        self._ends = time.monotonic() + TURN_S
-        self._number += 1
-        self._last = {step: self._last.get(step, 0) for step in running}
-        # The longest step first, then those that have waited longest.
-        order = sorted(running, key=lambda step: (step != self._longest, self._last[step]))
-        self._last |= dict.fromkeys(order[: self._at_once], self._number)
-        for place, step in enumerate(order):
-            running[step].let_run(place < self._at_once)
+        for step in self._at_work:
+            self._ran[step] += (now - self._began) / self._shares[step]
+        self._began = now
+        least = min((self._ran[step] for step in running if step in self._ran), default=0.0)
+        self._ran = {step: self._ran.get(step, least) for step in running}
+        self._at_work = sorted(running, key=lambda step: self._ran[step])[: self._at_once]
+        for step, process in running.items():
+            process.let_run(step in self._at_work)
 
 
 def _environment(group: Group, slot: int) -> Mapping[str, str]:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 from context_distillation import Config as ContextDistillationConfig
 from dpo import Config as DpoConfig
@@ -44,7 +44,7 @@ from sft import Config as SftConfig
 
 LLAMA_2_PIECES = 32_000
 HUB_TOKENS = 200.0  # per dialog of a set that is not local; ours, assumed
-GROUPS = 50  # of records of similar length in a file
+GROUPS = 50  # of records of similar length, in a file
 MOST_BYTES = 1 << 26  # read from one file; the rest is assumed to be similar
 # Tokens in a batch per token of a pair's record, in which the prompt occurs once. A CPU computes the
 # prompt once, so it needs fewer (1.2 and 1.0 for the bundled helpfulness pairs, 1.6 and 1.1 for the safety pairs;
@@ -213,7 +213,7 @@ def _reward_mix(
     on_cpu = work.setup.gpu is None
     in_pair = TOKENS_OF_A_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_PAIR
     in_contrast_pair = TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_CONTRAST_PAIR
-    own_kept, others_kept = ours.up_to(2 * longest), pool.up_to(2 * longest)
+    own_kept, others_kept = ours.up_to(longest), pool.up_to(longest)
     of_own = own_kept.records * split_share
     of_others = 0.0 if is_held_out else min(others_kept.records * split_share, of_own * share / (1 - share))
     contrast = (of_own + of_others) * config.contrast.share / (1 - config.contrast.share) if dialogs.records else 0.0
@@ -221,7 +221,7 @@ def _reward_mix(
     # Pairs that prefer a refusal of a harmful prompt are as long as the model's own pairs, up to the limit.
     of_harmful = contrast * HARMFUL_SHARES.get(which or "", 0.0)
     tokens = in_pair * (of_own * own_kept.tokens_per_record + of_others * others_kept.tokens_per_record)
-    tokens += in_pair * of_harmful * ours.up_to(2 * longest_contrast).tokens_per_record
+    tokens += in_pair * of_harmful * ours.up_to(longest_contrast).tokens_per_record
     tokens += in_contrast_pair * (contrast - of_harmful) * dialogs.up_to(longest_contrast).tokens_per_record
     if not is_held_out:
         labels = labels.up_to(longest)
@@ -325,19 +325,25 @@ _COSTS: Mapping[str, Callable[[_Work, Any], Estimate]] = {
 # -- the number of records, and their length
 
 
+class Group(NamedTuple):
+    """Records with dialogs of similar length."""
+
+    records: float
+    tokens: float  # per record
+    dialog: float  # tokens of the longer dialog of a pair, and of any other record
+
+
 @dataclass(frozen=True, slots=True)
 class DataSize:
     """The number of records, with weights applied, and the tokens per record."""
 
     records: float
     tokens_per_record: float
-    # Records of similar length: their number, and their tokens per record.
-    groups: tuple[tuple[float, float], ...] = field(default=(), compare=False)
+    groups: tuple["Group", ...] = field(default=(), compare=False)
 
     def up_to(self, most: float) -> "DataSize":
-        """The records of at most this many tokens."""
-        groups = tuple(group for group in self.groups if group[1] <= most)
-        return _joined(groups)
+        """The records whose dialogs have at most this many tokens."""
+        return _joined(group for group in self.groups if group.dialog <= most)
 
 
 def measure_data(
@@ -353,27 +359,28 @@ def measure_data(
     tokenizer's vocabulary; with `prompts_only`, only the prompts of pairs and the questions of dialogs count, not the
     answers.
     """
-    groups: list[tuple[float, float]] = []
+    groups: list[Group] = []
     for source in sources:
         size = _measure(source, hub_tokens, bytes_per_token(vocabulary), prompts_only=prompts_only)
         if size is None:
             return None
-        groups += [(records * source.weight, tokens) for records, tokens in size.groups]
+        groups += [group._replace(records=group.records * source.weight) for group in size.groups]
     return _joined(groups)
 
 
-def _joined(groups: Iterable[tuple[float, float]]) -> DataSize:
+def _joined(groups: Iterable[Group]) -> DataSize:
     groups = tuple(groups)
-    records = math.fsum(records for records, _ in groups)
-    tokens = math.fsum(records * tokens for records, tokens in groups)
+    records = math.fsum(group.records for group in groups)
+    tokens = math.fsum(group.records * group.tokens for group in groups)
     return DataSize(records, tokens / records if records else 0.0, groups)
 
 
 def _distributed(records: float, mean: float) -> DataSize:
-    """Records of which only the mean length is known. Ours: their lengths are distributed exponentially."""
+    """Records of which only the mean length is known. Ours: lengths are distributed exponentially, and the longer dialog
+    of a record has as many tokens."""
     lengths = [-math.log((part + 0.5) / GROUPS) for part in range(GROUPS)]
     scale = mean * GROUPS / math.fsum(lengths)
-    return _joined((records / GROUPS, scale * length) for length in lengths)
+    return _joined(Group(records / GROUPS, scale * length, scale * length) for length in lengths)
 
 
 def bytes_per_token(vocabulary: int) -> float:
@@ -397,45 +404,52 @@ def _measure(source: DataSource, hub_tokens: float, in_token: float, *, prompts_
     share = (PROMPT_TOKENS_A_TOKEN if prompts_only else 1.0) / in_token
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         groups = _measure_lines(path, path.stat().st_mtime_ns, source.limit, prompts_only=prompts_only)
-        return _joined((records, share * num_bytes) for records, num_bytes in groups)
+        return _joined(Group(records, share * record, share * dialog) for records, record, dialog in groups)
     size = _measure_parquet(path, source.limit) if path.suffix == ".parquet" else None
     return size and _distributed(size[0], share * size[1])
 
 
 @lru_cache(maxsize=256)  # the search for settings that fit calls this again and again
-def _measure_lines(
-    path: Path, changed_ns: int, limit: int | None, *, prompts_only: bool
-) -> tuple[tuple[float, float], ...]:
-    """Records of similar length: their number, and their bytes per record."""
-    lengths, num_read, whole = list[int](), 0, 0.0
+def _measure_lines(path: Path, changed_ns: int, limit: int | None, *, prompts_only: bool) -> tuple[Group, ...]:
+    """The records in groups, with bytes instead of tokens."""
+    lengths, num_read, whole = list[tuple[int, int]](), 0, 0.0
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else path.open("rb") as stream:
         for line in bounded_lines(cast(IO[bytes], stream)):
             if len(lengths) == limit:
                 break
             num_read += len(line)
-            lengths.append(_prompt_bytes(line) if prompts_only else len(line))
+            lengths.append(_num_bytes(line, prompts_only=prompts_only))
             if num_read >= MOST_BYTES:
                 position = raw.tell() if path.suffix == ".gz" else num_read
                 whole = len(lengths) * max(1.0, path.stat().st_size / position)
                 break
     count = len(lengths)
     records = min(whole or count, limit or math.inf)
-    lengths.sort()
-    bounds = [count * part // GROUPS for part in range(GROUPS + 1)]
-    parts = [lengths[start:end] for start, end in pairwise(bounds) if end > start]
-    return tuple((records * len(part) / count, sum(part) / len(part)) for part in parts)
+    lengths.sort(key=itemgetter(1))
+    parts = (lengths[count * part // GROUPS : count * (part + 1) // GROUPS] for part in range(GROUPS))
+    return tuple(
+        Group(records * len(part) / count, *(sum(column) / len(part) for column in zip(*part, strict=True)))
+        for part in parts
+        if part
+    )
 
 
-def _prompt_bytes(line: bytes) -> int:
-    """Bytes of the prompt of a pair, or of a dialog without its last answer; otherwise of the whole line."""
+def _num_bytes(line: bytes, *, prompts_only: bool) -> tuple[int, int]:
+    """Bytes of a record, or of its prompt (a dialog without its last answer), and of its longer dialog."""
     try:
         match json.loads(line):
-            case {"prompt": prompt} | {"messages": [*prompt, {"role": "assistant"}]} | {"messages": prompt}:
-                return len(json.dumps(prompt, ensure_ascii=False).encode(errors="replace"))
+            case {"prompt": prompt} | {"messages": [*prompt, {"role": "assistant"}]} | {"messages": prompt} if prompts_only:
+                return (_in_json(prompt),) * 2
+            case {"prompt": prompt, "chosen": chosen, "rejected": rejected}:
+                return len(line), _in_json(prompt) + max(_in_json(chosen), _in_json(rejected))
             case _:
-                return len(line)
+                return len(line), len(line)
     except (ValueError, RecursionError):
-        return len(line)  # reported where it is read
+        return len(line), len(line)  # reported where it is read
+
+
+def _in_json(value: Any) -> int:
+    return len(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
 
 
 def _measure_parquet(path: Path, limit: int | None) -> tuple[float, float] | None:

@@ -73,13 +73,14 @@ def _group(recipe: Recipe, steps: Sequence[Step]) -> Group:
     threads = threads or max(1, cores // jobs)
     if cards or jobs * threads <= cores:
         return Group(tuple(steps), jobs, threads, tuple(cards))
-    return Group(tuple(steps), jobs, threads, at_once=max(1, cores // threads), longest=_longest(recipe, steps))
+    return Group(tuple(steps), jobs, threads, at_once=max(1, cores // threads), seconds=_seconds(recipe, steps))
 
 
-def _longest(recipe: Recipe, steps: Sequence[Step]) -> str:
-    """The step that takes longest by the plan; empty if the plan knows nothing."""
-    seconds = {step.name: one.seconds for step in steps if (one := estimate_step(recipe, step)) and one.seconds}
-    return max(seconds, key=lambda name: seconds[name], default="")
+def _seconds(recipe: Recipe, steps: Sequence[Step]) -> tuple[float, ...]:
+    """How long each step takes by the plan; empty if the plan does not know it of one."""
+    estimates = [estimate_step(recipe, step) for step in steps]
+    seconds = tuple(one.seconds for one in estimates if one and one.seconds)
+    return seconds if len(seconds) == len(steps) else ()
 
 
 def _requested_threads() -> int | None:

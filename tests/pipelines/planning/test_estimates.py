@@ -122,6 +122,24 @@ def test_tokens_are_those_of_the_tokenizer_and_prompts_go_without_their_answers(
     assert sizes == [pytest.approx(1.25 * len(json.dumps([question])))] * 4
 
 
+def test_pairs_are_left_out_by_the_longer_of_their_dialogs(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "Hi?"}
+    answers = [{"role": "assistant", "content": "x" * 10 * number} for number in range(100)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(f"{json.dumps({'prompt': [question], 'chosen': one, 'rejected': answers[0]})}\n" for one in answers))
+    recipe = load(write_recipe(tmp_path, data={"sft": [{"path": str(file)}]}))
+    size = measure_data(recipe.data.sft)
+    assert size is not None and size.up_to(math.inf) == size
+    own = len(json.dumps([question])) + len(json.dumps(answers[0]))
+    kept = size.up_to((own + 10 * 49.5) / bytes_per_token(32_000))
+    assert kept.records == 50, "two pairs are counted together"
+    lines = file.read_text().splitlines(keepends=True)[:50]
+    assert kept.tokens_per_record == pytest.approx(sum(map(len, lines)) / 50 / bytes_per_token(32_000))
+    # Of lengths of which only the mean is known, exp(-1) are above it.
+    unknown = measure_data([recipe.data.sft[0].model_copy(update={"path": "owner/name:train", "limit": 1000})])
+    assert unknown is not None and unknown.up_to(HUB_TOKENS).records / 1000 == pytest.approx(1 - math.exp(-1), abs=0.03)
+
+
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"prompt": ' + "[" * 100_000, "{", "3", '{"messages": null}', ""])
 def test_a_line_that_is_no_record_counts_by_its_bytes(line: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f"{line}\n")

@@ -86,21 +86,21 @@ def test_as_many_at_once_as_the_machine_allows(
     assert group.cards == (place.get("cards", ()) if jobs > 1 else ())
 
 
-def test_where_processes_share_cores_they_take_turns_and_the_longest_step_always_runs(
+def test_where_processes_share_cores_they_take_turns_by_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {"rm/helpfulness": 50.0, "rm/safety": 90.0, "rm/judge": 70.0}
     recipe = tiny(tmp_path=tmp_path)
-    for cores, at_once, longest in ((2, 2, "rm/safety"), (8, 0, "")):
+    for cores, at_once, shares in ((2, 2, (50.0, 90.0, 70.0)), (8, 0, ())):
         set_machine(monkeypatch, cores=cores)
         monkeypatch.setattr(
             side_by_side,
             "estimate_step",
             lambda recipe, step: Estimate(seconds=seconds.get(step.name, 1.0), memory={"all": 5 * GIB}),
         )
-        assert (models(recipe).at_once, models(recipe).longest) == (at_once, longest)
+        assert (models(recipe).at_once, models(recipe).seconds) == (at_once, shares)
     set_machine(monkeypatch, cards=("0", "1"))
-    assert (models(recipe).at_once, models(recipe).longest) == (0, "")
+    assert (models(recipe).at_once, models(recipe).seconds) == (0, ())
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,10 @@ def bootstrap_interval(
     if len(members) == 1:
         return math.nan, math.nan
     rng = np.random.default_rng(seed)
+    if statistic is mean and groups is None and array.ndim == 1:  # the same draws, in a tenth of the time
+        sizes = [min(_CHUNK, draws - start) for start in range(0, draws, _CHUNK)]
+        means = [array[rng.integers(0, len(array), (size, len(array)))].mean(axis=1) for size in sizes]
+        return _percentiles(np.concatenate(means))
 
     def draw() -> Floats:
         drawn = rng.integers(0, len(members), len(members))

@@ -308,6 +308,18 @@ def test_the_control_pools_earlier_rounds_without_their_scores() -> None:
     assert len(drawn) == 2000 and abs(drawn.count("rs") - 1000) < 5 * 500**0.5
 
 
+def test_winners_of_a_first_round_keep_the_scores_of_their_sampling() -> None:
+    own = [
+        Winner(EncodedPrompt((Message("user", text),), (1,), is_safety=False, name=""), "yes", "rs", score=score)
+        for text, score in (("one", 0.5), ("two", -1.5))
+    ]
+    no_scorer: Any = None
+    for keeps_all in (False, True):
+        assert pooled_winners(no_scorer, own, [], keeps_all=keeps_all) == own
+    with pytest.raises(AttributeError):
+        pooled_winners(no_scorer, own, own[:1], keeps_all=True)  # with earlier ones, all are scored again
+
+
 # --- the recipe
 
 

@@ -162,3 +162,8 @@ def test_differences_of_as_many_items_share_their_draws_and_equal_those_that_do_
     shared = [paired_bootstrap(values[0], other) for other in values[1:]]
     monkeypatch.setattr(intervals, "_MOST_KEPT", 0)
     assert shared == [paired_bootstrap(values[0], other) for other in values[1:]]
+
+
+def test_the_interval_of_a_mean_is_that_of_any_statistic_that_returns_the_mean() -> None:
+    values = np.random.default_rng(2).random(101)
+    assert bootstrap_interval(values) == bootstrap_interval(values, lambda rows: float(np.mean(rows)))

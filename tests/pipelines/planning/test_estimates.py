@@ -97,7 +97,7 @@ def test_data_are_counted_where_they_are_and_bounded_where_they_are_not(tmp_path
     assert size is not None and size.records == 65
     hub = one.model_copy(update={"path": "owner/name:train"})
     assert measure_data([one, hub]) is None
-    assert measure_data([hub.model_copy(update={"limit": 10})]) == DataSize(10, HUB_TOKENS)
+    assert measure_data([hub.model_copy(update={"limit": 10})]) == DataSize(10, pytest.approx(HUB_TOKENS))
 
 
 def test_tokens_are_those_of_the_tokenizer_and_prompts_go_without_their_answers(tmp_path: Path) -> None:
@@ -150,24 +150,19 @@ def test_a_line_that_is_no_record_counts_by_its_bytes(line: str, tmp_path: Path)
 
 
 # Pairs, the tokens of their rows, of the held-out pairs, and of the test pairs with the probe, counted: first on a CPU,
-# then on a GPU. How far the plan may be off: where long pairs are left out, it assumes how lengths are distributed.
+# then on a GPU. The plan may be off by this much.
+OFF = 0.15
 COUNTED = {
-    "tiny": (
-        0.45,
-        {
-            "helpfulness": (11_161, (699_317, 1_357_975), (40_091, 70_869), (543_133, 1_185_775)),
-            "safety": (6_535, (1_045_743, 1_464_509), (58_778, 97_428), (620_845, 1_430_813)),
-            "judge": (6_240, (559_214, 937_920), (78_437, 125_930), (620_845, 1_430_813)),
-        },
-    ),
-    "tiny-long": (
-        0.2,
-        {
-            "helpfulness": (32_180, (2_443_656, 4_419_029), (91_801, 130_813), (543_133, 1_185_775)),
-            "safety": (6_580, (1_247_834, 1_699_974), (72_876, 113_549), (620_845, 1_430_813)),
-            "judge": (15_820, (1_257_308, 2_224_699), (120_078, 174_958), (620_845, 1_430_813)),
-        },
-    ),
+    "tiny": {
+        "helpfulness": (11_161, (699_317, 1_357_975), (28_754, 47_104), (494_809, 1_025_276)),
+        "safety": (6_535, (1_045_743, 1_464_509), (46_301, 73_199), (550_260, 1_198_053)),
+        "judge": (6_240, (559_214, 937_920), (67_044, 102_145), (550_260, 1_198_053)),
+    },
+    "tiny-long": {
+        "helpfulness": (32_180, (2_443_656, 4_419_029), (80_407, 106_862), (494_809, 1_025_276)),
+        "safety": (6_580, (1_247_834, 1_699_974), (60_004, 88_602), (550_260, 1_198_053)),
+        "judge": (15_820, (1_257_308, 2_224_699), (108_505, 151_024), (550_260, 1_198_053)),
+    },
 }
 
 
@@ -178,19 +173,18 @@ def test_the_pairs_of_the_bundled_recipes_are_estimated(name: str, gpu: str | No
     shape = shape_of(recipe.base.model)
     assert shape is not None
     flops = 165e12 * 0.4 if gpu else CPU_FLOPS
-    off, counted = COUNTED[name]
-    for which, (pairs, *tokens) in counted.items():
+    for which, (pairs, *tokens) in COUNTED[name].items():
         step = recipe.step(f"rm/{which}")
         estimate = estimate_step(recipe, step)
         assert estimate is not None and estimate.optimizer_steps is not None
         trained, held_out, tested = (both[gpu is not None] for both in tokens)
         per_pair = float(re.findall(r"([0-9]+) tokens per pair", estimate.assumed)[0])
-        assert per_pair == pytest.approx(trained / pairs, rel=0.2)
+        assert per_pair == pytest.approx(trained / pairs, rel=OFF)
         config: Any = step.config
-        assert estimate.optimizer_steps == pytest.approx(pairs * config.epochs / config.pairs_per_step, rel=off)
+        assert estimate.optimizer_steps == pytest.approx(pairs * config.epochs / config.pairs_per_step, rel=OFF)
         passes = 1 + math.ceil(estimate.optimizer_steps / recipe.sections.tracking.eval_every)
         weights = 6 * trained * config.epochs + 2 * (passes * held_out + tested)
-        assert estimate.seconds == pytest.approx(weights * shape.block_weights / flops, rel=off)
+        assert estimate.seconds == pytest.approx(weights * shape.block_weights / flops, rel=OFF)
 
 
 def test_the_plan_names_data_that_no_step_could_read(path: Path, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class Winner:
     text: str
     round: str  # the step that sampled it
     tokens: int = 0
-    score: float = 0.0  # combined, raw; as sampled, until winners are pooled with others
-    is_unsafe: bool = False  # below the gate's threshold; ranks below all others
+    score: float = 0.0  # combined, raw; from sampling, or from the current models if winners were scored again
+    is_unsafe: bool = False  # below the gate's threshold, ranks below all others; set only when scored again
 
     @property
     def key(self) -> Key:
@@ -121,13 +121,15 @@ def pooled_winners(
     keeps_all: bool,
     draw_seed: int | None = None,
 ) -> list[Winner]:
-    """All distinct winners with their current scores, or one per prompt: the best, or with `draw_seed` a random one.
+    """All distinct winners, or one per prompt: the best, or with `draw_seed` a random one. Where winners may compete for a
+    prompt, all are scored again with the current models.
 
     Of equal winners the earlier round's is kept. Prompts keep their first order, with earlier rounds first.
     """
     scored = _each_once([*earlier, *own])
+    # A single winner per prompt is compared with no other, so it keeps the score from sampling.
     if earlier or len({winner.key for winner in scored}) < len(scored):
-        scored = _scored_again(scorer, scored)  # otherwise none is compared with another
+        scored = _scored_again(scorer, scored)
     if keeps_all:
         return scored
     by_prompt: dict[Key, list[Winner]] = {}

@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens, entropies, and KL estimates from them; imports only torch.
 
 Shapes: B sequences, R response positions, N tokens, D hidden, V vocabulary. The head runs on one chunk of tokens at a
-time, which is recomputed in the backward pass, so [N, V] is never materialized; on a CPU small ones are.
+time, which is recomputed in the backward pass, so [N, V] is never in memory; on a CPU, up to KEPT_LOGITS logits are
+kept instead.
 All sums are in fp32, whatever the model's dtype.
 KL(policy || reference) is estimated from tokens sampled by the policy, in nats, at the sampling temperature. Both
 estimators are unbiased there (J. Schulman, "Approximating KL Divergence", 2020); k1 and its sum over a response may be
@@ -21,8 +22,8 @@ Head = Callable[[Tensor], Tensor]  # hidden states [n, D] -> logits [n, V]: `mod
 
 # A CPU caches one compiled kernel for each shape: lengths are padded to a multiple.
 SHAPE_MULTIPLE = 64
-# On a CPU, up to this many logits (64 MiB) are kept for the backward pass: computing them again would take a fifth of
-# the time of a small model's head.
+# On a CPU, up to this many logits are kept for the backward pass (64 MiB in fp32, three times as much with entropy).
+# Recomputing them would take a third of the time of a small model's head.
 KEPT_LOGITS = 2**24
 
 

@@ -14,14 +14,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 def use_fast_norms(model: nn.Module) -> None:
-    """Switch the model's norms to these; weights and their names stay."""
+    """Make every LlamaRMSNorm of the model a FastRMSNorm, in place; weights and their names do not change."""
     for module in model.modules():
         if type(module) is LlamaRMSNorm:
             module.__class__ = FastRMSNorm
 
 
 class FastRMSNorm(LlamaRMSNorm):
-    """transformers' norm with the same result; only the gradient's rounding differs."""
+    """LlamaRMSNorm with the same output; its gradients differ only in rounding."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The normalized input, [.., D] in its dtype."""
@@ -41,11 +41,12 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         normed_D, scale_1, weight_D = ctx.saved_tensors
-        of_input = of_weight = None
+        input_grad_D: Tensor | None = None
+        weight_grad_D: Tensor | None = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradients[0] * normed_D).flatten(0, -2).sum(0)
+            weight_grad_D = (gradients[0] * normed_D).flatten(0, -2).sum(0)
         if ctx.needs_input_grad[0]:
-            of_normed, wide_D = (gradients[0] * weight_D).float(), normed_D.float()
-            along_1 = (of_normed * wide_D).mean(-1, keepdim=True)
-            of_input = (of_normed - wide_D * along_1).mul_(scale_1).to(normed_D.dtype)
-        return of_input, of_weight, None
+            normed_grad_D, wide_D = (gradients[0] * weight_D).float(), normed_D.float()
+            projection_1 = (normed_grad_D * wide_D).mean(-1, keepdim=True)
+            input_grad_D = (normed_grad_D - wide_D * projection_1).mul_(scale_1).to(normed_D.dtype)
+        return input_grad_D, weight_grad_D, None

@@ -31,7 +31,7 @@ from llamachat.training.progress import SharedProgress
 from pipelines.execution.run import Command, Ran, find_work, finished, open_command, run_step
 from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve
 
-TURN_S = 0.25  # how long a step runs or waits where there are more steps than cores
+TURN_S = 0.25  # length of a turn when steps take turns on the cores
 _FLUSH_S = 2.0  # the time that a process's last lines may take to arrive after its end
 
 
@@ -43,8 +43,8 @@ class Group:
     jobs: int = 1  # that run in parallel; a single one runs in this process
     threads: int | None = None  # per process; None leaves it to torch
     cards: tuple[str, ...] = ()  # one per process, as CUDA_VISIBLE_DEVICES names them; empty: not assigned
-    at_once: int = 0  # processes that run at any moment if they need more cores than there are; 0: all
-    seconds: tuple[float, ...] = ()  # that each step takes by the plan: its share of the cores; empty: equal shares
+    at_once: int = 0  # number of processes that may run at the same moment; 0: all
+    seconds: tuple[float, ...] = ()  # planned duration of each step, which sets its share of the cores; empty: equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def _run_side_by_side(command: Command, group: Group, steps: Iterable[Step]) -> 
                     break
                 turns.take(running)
                 try:
-                    event = events.get(timeout=TURN_S if group.at_once else None)
+                    event = events.get(timeout=turns.remaining())
                 except Empty:
                     continue
                 if event.line is not None:
@@ -241,14 +241,14 @@ class _Process:
         self._events.put(_Event(self._step, status=status))
 
     def let_run(self, may_run: bool) -> None:
-        """Stop or continue the process, unless it is already."""
+        """Continue or stop the process, if that changes anything."""
         if may_run != self._may_run:
-            self._may_run = may_run
             self._process.send_signal(signal.SIGCONT if may_run else signal.SIGSTOP)
+            self._may_run = may_run
 
     def terminate(self) -> None:
         self._process.terminate()
-        self.let_run(True)  # it can save its state only while it runs
+        self._process.send_signal(signal.SIGCONT)  # a stopped process handles SIGTERM only when it continues
 
     def kill(self) -> None:
         self._process.kill()
@@ -258,19 +258,24 @@ class _Process:
 
 
 class _Turns:
-    """Lets only as many of the processes run at once as there are cores, in turns.
+    """Runs at most `at_once` of the processes at a time and stops the others, in turns.
 
-    The system would switch between them every few milliseconds, and each time the caches have to be filled again: a
-    tenth of the time of a small model's training. Each runs for its share of the time, so that all end together.
+    If all ran at once, the system would switch between them every few milliseconds and the caches would be filled again
+    each time, which costs a small model's training a tenth of its time. Shares are proportional to the planned
+    durations, so that steps that start together end together.
     """
 
     def __init__(self, group: Group) -> None:
         names = [step.name for step in group.steps]
         self._at_once = group.at_once
         self._shares = dict(zip(names, group.seconds or [1.0] * len(names), strict=True))
-        self._ran: dict[str, float] = {}  # seconds over share
+        self._ran: dict[str, float] = {}  # run time of each step divided by its share
         self._began = time.monotonic()
-        self._at_work: list[str] = []
+        self._active: list[str] = []
+
+    def remaining(self) -> float | None:
+        """Seconds until the next turn; None if all may run."""
+        return max(0.0, self._began + TURN_S - time.monotonic()) if self._at_once else None
 
     def take(self, running: Mapping[str, _Process]) -> None:
         """Begin the next turn if it is time, or if a process has begun or ended."""
@@ -278,14 +283,15 @@ class _Turns:
         is_unchanged = running.keys() == self._ran.keys()
         if not self._at_once or (is_unchanged and now < self._began + TURN_S):
             return
-        for step in self._at_work:
-            self._ran[step] += (now - self._began) / self._shares[step]
+        elapsed = min(now - self._began, 2 * TURN_S)  # longer only if this process was suspended, too
+        for step in self._active:
+            self._ran[step] += elapsed / self._shares[step]
         self._began = now
         least = min((self._ran[step] for step in running if step in self._ran), default=0.0)
         self._ran = {step: self._ran.get(step, least) for step in running}
-        self._at_work = sorted(running, key=lambda step: self._ran[step])[: self._at_once]
+        self._active = sorted(running, key=lambda step: self._ran[step])[: self._at_once]
         for step, process in running.items():
-            process.let_run(step in self._at_work)
+            process.let_run(step in self._active)
 
 
 def _environment(group: Group, slot: int) -> Mapping[str, str]:

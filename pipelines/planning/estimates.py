@@ -1,8 +1,7 @@
 """Estimates what a step of a recipe would cost, from the recipe, its data files and finished steps: one function per
 stage.
 
-Takes well under a second: lines of data are counted, large files are extrapolated from their first part, and no
-weights are read.
+Takes about a second: up to 64 MiB of each data file are read, the rest is extrapolated, and no weights are read.
 """
 
 import gzip
@@ -44,7 +43,7 @@ from sft import Config as SftConfig
 
 LLAMA_2_PIECES = 32_000
 HUB_TOKENS = 200.0  # per dialog of a set that is not local; ours, assumed
-GROUPS = 50  # of records of similar length, in a file
+GROUPS = 50  # groups of similar length into which a file's records are divided
 MOST_BYTES = 1 << 26  # read from one file; the rest is assumed to be similar
 # Tokens in a batch per token of a pair's record, in which the prompt occurs once, and per token of the dialog of a
 # contrast pair. A CPU computes the prompt of a pair, and the dialog of all its contrast pairs, once. Fitted to what the
@@ -191,9 +190,8 @@ def _reward(work: _Work, config: RewardConfig) -> Estimate:
 def _reward_mix(
     work: _Work, config: RewardConfig, split_share: float, *, is_held_out: bool = False
 ) -> tuple[float, float] | None:
-    """Pairs in the model's training mix for a split with this share, tokens of all that it learns from, and tokens of
-    its own
-    pairs and contrast pairs that are held out; None where a part is unknown."""
+    """The number of pairs in the model's mix for this share of the data, and the tokens of all that it reads; with
+    `is_held_out`, of its own pairs and the held-out contrast pairs. None if the size of a source is unknown."""
     data, which = work.recipe.data, work.step.product.makes.which
     if which == "judge":
         own, others, share = (*data.helpfulness, *data.safety, *data.open), (), 0.0
@@ -324,7 +322,7 @@ _COSTS: Mapping[str, Callable[[_Work, Any], Estimate]] = {
 # -- the number of records, and their length
 
 
-class Group(NamedTuple):
+class LengthGroup(NamedTuple):
     """Records with dialogs of similar length."""
 
     records: float
@@ -338,7 +336,7 @@ class DataSize:
 
     records: float
     tokens_per_record: float
-    groups: tuple["Group", ...] = field(default=(), compare=False)
+    groups: tuple[LengthGroup, ...] = field(default=(), compare=False)
 
     def up_to(self, most: float) -> "DataSize":
         """The records whose dialogs have at most this many tokens."""
@@ -358,7 +356,7 @@ def measure_data(
     tokenizer's vocabulary; with `prompts_only`, only the prompts of pairs and the questions of dialogs count, not the
     answers.
     """
-    groups: list[Group] = []
+    groups: list[LengthGroup] = []
     for source in sources:
         size = _measure(source, hub_tokens, bytes_per_token(vocabulary), prompts_only=prompts_only)
         if size is None:
@@ -367,19 +365,19 @@ def measure_data(
     return _joined(groups)
 
 
-def _joined(groups: Iterable[Group]) -> DataSize:
+def _joined(groups: Iterable[LengthGroup]) -> DataSize:
     groups = tuple(groups)
     records = math.fsum(group.records for group in groups)
     tokens = math.fsum(group.records * group.tokens for group in groups)
     return DataSize(records, tokens / records if records else 0.0, groups)
 
 
-def _distributed(records: float, mean: float) -> DataSize:
-    """Records of which only the mean length is known. Ours: lengths are distributed exponentially, and the longer dialog
-    of a record has as many tokens."""
+def _with_mean_length(records: float, mean: float) -> DataSize:
+    """The size of records of which only the mean length is known. Ours: lengths are distributed exponentially, and the
+    longer dialog is as long as the record."""
     lengths = [-math.log((part + 0.5) / GROUPS) for part in range(GROUPS)]
     scale = mean * GROUPS / math.fsum(lengths)
-    groups = (Group(records / GROUPS, scale * length, scale * length) for length in lengths)
+    groups = (LengthGroup(records / GROUPS, scale * length, scale * length) for length in lengths)
     return DataSize(records, mean, tuple(groups))
 
 
@@ -400,17 +398,17 @@ def _num_prompts(most: int | None, prompts: DataSize | None, train_share: float)
 def _measure(source: DataSource, hub_tokens: float, in_token: float, *, prompts_only: bool) -> DataSize | None:
     path = regular_file(Path(source.path))
     if not path.is_file():
-        return _distributed(source.limit, hub_tokens) if source.limit is not None and not path.exists() else None
+        return _with_mean_length(source.limit, hub_tokens) if source.limit is not None and not path.exists() else None
     share = (PROMPT_TOKENS_A_TOKEN if prompts_only else 1.0) / in_token
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         groups = _measure_lines(path, path.stat().st_mtime_ns, source.limit, prompts_only=prompts_only)
-        return _joined(Group(records, share * record, share * dialog) for records, record, dialog in groups)
+        return _joined(LengthGroup(records, share * record, share * dialog) for records, record, dialog in groups)
     size = _measure_parquet(path, source.limit) if path.suffix == ".parquet" else None
-    return size and _distributed(size[0], share * size[1])
+    return size and _with_mean_length(size[0], share * size[1])
 
 
 @lru_cache(maxsize=256)  # the search for settings that fit calls this again and again
-def _measure_lines(path: Path, changed_ns: int, limit: int | None, *, prompts_only: bool) -> tuple[Group, ...]:
+def _measure_lines(path: Path, changed_ns: int, limit: int | None, *, prompts_only: bool) -> tuple[LengthGroup, ...]:
     """The records in groups, with bytes instead of tokens."""
     lengths, num_read, whole = list[tuple[int, int]](), 0, 0.0
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else path.open("rb") as stream:
@@ -428,7 +426,7 @@ def _measure_lines(path: Path, changed_ns: int, limit: int | None, *, prompts_on
     lengths.sort(key=itemgetter(1))
     parts = (lengths[count * part // GROUPS : count * (part + 1) // GROUPS] for part in range(GROUPS))
     return tuple(
-        Group(records * len(part) / count, *(sum(column) / len(part) for column in zip(*part, strict=True)))
+        LengthGroup(records * len(part) / count, *(sum(column) / len(part) for column in zip(*part, strict=True)))
         for part in parts
         if part
     )
@@ -436,6 +434,8 @@ def _measure_lines(path: Path, changed_ns: int, limit: int | None, *, prompts_on
 
 def _num_bytes(line: bytes, *, prompts_only: bool) -> tuple[int, int]:
     """Bytes of a record, or of its prompt (a dialog without its last answer), and of its longer dialog."""
+    if not prompts_only and b'"chosen"' not in line:
+        return len(line), len(line)  # no pair: the line is the dialog
     try:
         match json.loads(line):
             case {"prompt": prompt} | {"messages": [*prompt, {"role": "assistant"}]} | {"messages": prompt} if prompts_only:

@@ -77,7 +77,7 @@ def _group(recipe: Recipe, steps: Sequence[Step]) -> Group:
 
 
 def _seconds(recipe: Recipe, steps: Sequence[Step]) -> tuple[float, ...]:
-    """How long each step takes by the plan; empty if the plan does not know it of one."""
+    """The planned duration of each step; empty if one of them cannot be estimated."""
     estimates = [estimate_step(recipe, step) for step in steps]
     seconds = tuple(one.seconds for one in estimates if one and one.seconds)
     return seconds if len(seconds) == len(steps) else ()

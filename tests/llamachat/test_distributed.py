@@ -30,11 +30,20 @@ def share_work() -> dict[str, Any]:
         weights[1].grad = GRADIENTS[1].clone()
     distributed.NUMBERS_PER_TRANSFER = 4  # the two weights do not go together
     distributed.sum_gradients(weights)
+    # In bf16 alone, and in one transfer with fp32. Summed in bf16, 256 and 5 would be 260, and a third of it 86.5, not 87.
+    mixed = [torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    scaled = []
+    for trained in (mixed[:1], mixed):
+        for weight in mixed:
+            weight.grad = torch.tensor([256.0 if index == 0 else 5.0, 0.25]).to(weight.dtype)
+        distributed.sum_gradients(trained, scale=1 / 3)
+        scaled.append([weight.grad for weight in trained])
     mine = torch.tensor([1.0, float(index)])
     return {
         "squared": squared,
         "calls": calls,
         "gradients": [weight.grad for weight in weights],
+        "scaled": scaled,
         "summed": distributed.all_reduce_sum(mine),
         "mine": mine,
         "agreed": distributed.broadcast_object({"index": index}),
@@ -53,6 +62,10 @@ def test_work_is_dealt_out_and_its_results_are_in_every_process(count: int) -> N
         assert_close(one["summed"], torch.tensor([float(count), float(sum(range(count)))]))
         assert_close(one["gradients"][0], GRADIENTS[0] * sum(range(1, count + 1)))
         assert_close(one["gradients"][1], GRADIENTS[1])
+        if count > 1:
+            expected = torch.tensor([256.0 + 5 * (count - 1), 0.25 * count]) * (1 / 3)
+            for gradients, dtypes in zip(one["scaled"], ([torch.bfloat16], [torch.bfloat16, torch.float32]), strict=True):
+                assert_close(gradients, [expected.to(dtype) for dtype in dtypes], rtol=0, atol=0)
     # Nobody does another's work, and who has none is not asked; of nothing at all each makes nothing.
     calls = [items for one in results for items in one["calls"]]
     assert sorted(item for items in calls for item in items) == sorted([0, *range(2), *range(7)])

@@ -20,7 +20,7 @@ def _collector() -> Iterator[None]:
 def test_nothing_is_collected_while_libraries_load_and_later_collections_leave_them_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(imports, "_LAST", "a module that is not loaded")
+    monkeypatch.setattr(imports, "_MARKER", "a module that is not loaded")
     gc.enable()
     frozen = gc.get_freeze_count()
     with pytest.raises(ImportError), quick_imports():
@@ -33,7 +33,7 @@ def test_nothing_is_collected_while_libraries_load_and_later_collections_leave_t
 def test_a_collector_that_is_off_stays_off_and_loaded_libraries_change_nothing(
     is_loaded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imports, "_LAST", "gc" if is_loaded else "a module that is not loaded")
+    monkeypatch.setattr(imports, "_MARKER", "gc" if is_loaded else "a module that is not loaded")
     (gc.enable if is_loaded else gc.disable)()
     frozen = gc.get_freeze_count()
     with quick_imports():

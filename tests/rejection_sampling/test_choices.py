@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -309,15 +309,23 @@ def test_the_control_pools_earlier_rounds_without_their_scores() -> None:
 
 
 def test_winners_of_a_first_round_keep_the_scores_of_their_sampling() -> None:
+    class ScoredError(Exception):
+        pass
+
+    def score(*_: Any, **__: Any) -> None:
+        raise ScoredError
+
+    scorer: Any = SimpleNamespace(score=score)
     own = [
         Winner(EncodedPrompt((Message("user", text),), (1,), is_safety=False, name=""), "yes", "rs", score=score)
         for text, score in (("one", 0.5), ("two", -1.5))
     ]
-    no_scorer: Any = None
     for keeps_all in (False, True):
-        assert pooled_winners(no_scorer, own, [], keeps_all=keeps_all) == own
-    with pytest.raises(AttributeError):
-        pooled_winners(no_scorer, own, own[:1], keeps_all=True)  # with earlier ones, all are scored again
+        assert pooled_winners(scorer, own, [], keeps_all=keeps_all) == own
+    # With earlier winners, or several for one prompt, all are scored again.
+    for winners, earlier in ((own, own[:1]), ([*own, replace(own[0], text="no")], [])):
+        with pytest.raises(ScoredError):
+            pooled_winners(scorer, winners, earlier, keeps_all=False)
 
 
 # --- the recipe

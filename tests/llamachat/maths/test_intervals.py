@@ -155,11 +155,13 @@ def test_the_interval_of_superiority_covers_the_truth_in_19_of_20_experiments() 
     assert 0.9 <= covered / 200 <= 0.985
 
 
-def test_differences_of_as_many_items_share_their_draws_and_equal_those_that_do_not(
+def test_differences_of_equally_many_items_share_their_draws_and_equal_those_that_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = np.random.default_rng(1).random((3, 100))
+    intervals._kept_counts.cache_clear()
     shared = [paired_bootstrap(values[0], other) for other in values[1:]]
+    assert intervals._kept_counts.cache_info().hits == 1
     monkeypatch.setattr(intervals, "_MOST_KEPT", 0)
     assert shared == [paired_bootstrap(values[0], other) for other in values[1:]]
 

@@ -1,5 +1,6 @@
 """The norm with a manual backward pass: transformers' result bit for bit, and the gradient of its formula in fp64."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from llamachat.models.loading import load_base
 from llamachat.models.norms import FastRMSNorm, use_fast_norms
+from tests.sft.tiny_sft import write_base
+from tests.tiny_llama import base_section
 
 ROWS, POSITIONS, D = 2, 70, 48
 EPSILON = 1e-5
@@ -47,11 +51,19 @@ def test_the_result_is_that_of_transformers_and_the_gradient_that_of_the_formula
 
 
 def test_a_frozen_weight_lets_the_gradient_through_and_a_frozen_input_none() -> None:
-    _, ours = norms(torch.float32)
+    theirs, ours = norms(torch.float32)
     input_BTD = torch.randn(ROWS, POSITIONS, D, requires_grad=True)
+    input_grad_BTD, weight_grad_D = torch.autograd.grad(theirs(input_BTD).sum(), (input_BTD, theirs.weight))
     ours.weight.requires_grad_(False)
     ours(input_BTD).sum().backward()
-    assert input_BTD.grad is not None and ours.weight.grad is None
+    assert ours.weight.grad is None
+    torch.testing.assert_close(input_BTD.grad, input_grad_BTD)
     ours.weight.requires_grad_(True)
     ours(input_BTD.detach()).sum().backward()
-    assert ours.weight.grad is not None
+    torch.testing.assert_close(ours.weight.grad, weight_grad_D)
+
+
+def test_every_norm_of_a_base_that_is_loaded_on_a_cpu_is_ours(tmp_path: Path) -> None:
+    model = load_base(base_section(write_base(tmp_path)))
+    kinds = [type(module) for module in model.modules() if "RMSNorm" in type(module).__name__]
+    assert kinds == [FastRMSNorm] * (2 * model.config.num_hidden_layers + 1)

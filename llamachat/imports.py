@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 _MARKER = "transformers.modeling_utils"  # if this is loaded, so is most of the rest
 
 

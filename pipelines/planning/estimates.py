@@ -438,7 +438,9 @@ def _num_bytes(line: bytes, *, prompts_only: bool) -> tuple[int, int]:
         return len(line), len(line)  # no pair: the line is the dialog
     try:
         match json.loads(line):
-            case {"prompt": prompt} | {"messages": [*prompt, {"role": "assistant"}]} | {"messages": prompt} if prompts_only:
+            case {"prompt": prompt} | {"messages": [*prompt, {"role": "assistant"}]} | {"messages": prompt} if (
+                prompts_only
+            ):
                 return (_in_json(prompt),) * 2
             case {"prompt": prompt, "chosen": chosen, "rejected": rejected}:
                 return len(line), _in_json(prompt) + max(_in_json(chosen), _in_json(rejected))

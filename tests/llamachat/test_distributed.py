@@ -64,7 +64,9 @@ def test_work_is_dealt_out_and_its_results_are_in_every_process(count: int) -> N
         assert_close(one["gradients"][1], GRADIENTS[1])
         if count > 1:
             expected = torch.tensor([256.0 + 5 * (count - 1), 0.25 * count]) * (1 / 3)
-            for gradients, dtypes in zip(one["scaled"], ([torch.bfloat16], [torch.bfloat16, torch.float32]), strict=True):
+            for gradients, dtypes in zip(
+                one["scaled"], ([torch.bfloat16], [torch.bfloat16, torch.float32]), strict=True
+            ):
                 assert_close(gradients, [expected.to(dtype) for dtype in dtypes], rtol=0, atol=0)
     # Nobody does another's work, and who has none is not asked; of nothing at all each makes nothing.
     calls = [items for one in results for items in one["calls"]]

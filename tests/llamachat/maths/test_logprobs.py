@@ -98,7 +98,9 @@ def test_a_model_in_half_precision_is_summed_in_full() -> None:
 
 
 @pytest.mark.parametrize("most", [0, logprobs.KEPT_LOGITS])
-def test_large_logits_are_not_kept_and_small_ones_are_not_made_again(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_logits_are_not_kept_and_small_ones_are_not_made_again(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logprobs, "KEPT_LOGITS", most)
     hidden_ND, ids_N, head = problem(256)
     kept: list[int] = []

@@ -373,8 +373,8 @@ def test_killed_side_by_side_and_resumed_they_end_with_the_bytes_of_one_after_an
     killed.kill()
     killed.communicate()
     assert not all(step_of(together, name).artifact.exists() for name in names)
-    for recipe, jobs in ((together, 2), (alone, 1)):
-        done = start(recipe, jobs)
+    for recipe, count in ((together, 2), (alone, 1)):
+        done = start(recipe, count)
         said, _ = done.communicate(timeout=900)
         assert done.returncode == 0, said
         assert ("rm/safety: resumes from step" in said) == (jobs == 2)

@@ -126,7 +126,9 @@ def test_pairs_are_left_out_by_the_longer_of_their_dialogs(tmp_path: Path) -> No
     question = {"role": "user", "content": "Hi?"}
     answers = [{"role": "assistant", "content": "x" * 10 * number} for number in range(100)]
     file = tmp_path / "a.jsonl"
-    file.write_text("".join(f"{json.dumps({'prompt': [question], 'chosen': one, 'rejected': answers[0]})}\n" for one in answers))
+    file.write_text(
+        "".join(f"{json.dumps({'prompt': [question], 'chosen': one, 'rejected': answers[0]})}\n" for one in answers)
+    )
     recipe = load(write_recipe(tmp_path, data={"sft": [{"path": str(file)}]}))
     size = measure_data(recipe.data.sft)
     assert size is not None and size.up_to(math.inf) == size

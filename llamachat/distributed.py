@@ -285,7 +285,7 @@ def sum_gradients(params: Iterable["Tensor"], *, scale: float = 1.0) -> None:
             param.grad = part.view_as(grad).to(grad.dtype)
 
 
-def _sum_of_all(parts: Sequence["Tensor"]) -> "Tensor":
+def _sum_of_all(parts: list["Tensor"]) -> "Tensor":
     """Return the sum over all processes in fp32, with the tensors concatenated into one."""
     import torch
 

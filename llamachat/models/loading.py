@@ -398,21 +398,24 @@ def load_llama(
     if attention == "auto" and not has_flash and can_use_varlen_attention(config, dtype, torch.device(device)):
         use_varlen_attention(model)
     if device == "cpu":
-        from llamachat.models.norms import use_fast_norms
-
-        use_fast_norms(model)
+        _use_fast_norms(model)
     if is_nf4:
         nf4.close_cpu_trap(model)
         source = trunk_digest(nf4.model_folder(location), values_per_weight=VALUES_PER_WEIGHT)
         nf4.remember_source(model, source)
     model.config.use_cache = False
-    # A config may use EOS as the pad, whose embedding row would then not be trained. Our padding has no
-    # gradient.
+    # A config may use EOS as the pad, whose embedding row would then not be trained. Our padding has no gradient.
     model.get_input_embeddings().padding_idx = None
     # Ignore the checkpoint's sampling defaults; some cannot even be saved again.
     # `write_tokenizer` writes the tokenizer's own ids when the model is published.
     model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
     return model if is_nf4 else model.to(torch.device(device))
+
+
+def _use_fast_norms(model: Any) -> None:
+    from llamachat.models.norms import use_fast_norms  # it loads transformers
+
+    use_fast_norms(model)
 
 
 def _check_weights(report: Mapping[str, Any], location: str, may_lack: Collection[str]) -> None:

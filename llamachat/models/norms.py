@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
@@ -38,7 +37,6 @@ class _RMSNorm(torch.autograd.Function):
         return weight_D * normed_D
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         normed_D, scale_1, weight_D = ctx.saved_tensors
         input_grad_D: Tensor | None = None

@@ -441,7 +441,7 @@ def _num_bytes(line: bytes, *, prompts_only: bool) -> tuple[int, int]:
             case {"prompt": prompt} | {"messages": [*prompt, {"role": "assistant"}]} | {"messages": prompt} if (
                 prompts_only
             ):
-                return (_in_json(prompt),) * 2
+                return _in_json(prompt), _in_json(prompt)
             case {"prompt": prompt, "chosen": chosen, "rejected": rejected}:
                 return len(line), _in_json(prompt) + max(_in_json(chosen), _in_json(rejected))
             case _:

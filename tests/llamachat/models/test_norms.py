@@ -10,8 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llamachat.models.loading import load_base
 from llamachat.models.norms import FastRMSNorm, use_fast_norms
-from tests.sft.tiny_sft import write_base
-from tests.tiny_llama import base_section
+from tests.tiny_llama import base_section, tiny_llama
 
 ROWS, POSITIONS, D = 2, 70, 48
 EPSILON = 1e-5
@@ -64,6 +63,7 @@ def test_a_frozen_weight_lets_the_gradient_through_and_a_frozen_input_none() -> 
 
 
 def test_every_norm_of_a_base_that_is_loaded_on_a_cpu_is_ours(tmp_path: Path) -> None:
-    model = load_base(base_section(write_base(tmp_path)))
+    tiny_llama().save_pretrained(tmp_path)
+    model = load_base(base_section(tmp_path))
     kinds = [type(module) for module in model.modules() if "RMSNorm" in type(module).__name__]
     assert kinds == [FastRMSNorm] * (2 * model.config.num_hidden_layers + 1)

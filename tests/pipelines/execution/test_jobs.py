@@ -377,6 +377,6 @@ def test_killed_side_by_side_and_resumed_they_end_with_the_bytes_of_one_after_an
         done = start(recipe, count)
         said, _ = done.communicate(timeout=900)
         assert done.returncode == 0, said
-        assert ("rm/safety: resumes from step" in said) == (jobs == 2)
+        assert ("rm/safety: resumes from step" in said) == (count == 2)
     for name in names:
         assert results(step_of(together, name)) == results(step_of(alone, name))

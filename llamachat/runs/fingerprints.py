@@ -90,16 +90,17 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Each key that differs, with its old and new value as JSON text, ABSENT if there is none; dotted and sorted."""
-    before, after = leaves(old), leaves(new)
-    keys = sorted(before.keys() | after.keys())
-    # Compared as text: in Python 1, 1.0 and true are equal, in a fingerprint they are not.
-    pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
+    # By their whole place: "a.b" may be one key, or a key within another. Compared as text: in Python 1, 1.0 and true are
+    # equal, in a fingerprint they are not.
+    before, after = dict(_leaves(_as_json(old))), dict(_leaves(_as_json(new)))
+    places = sorted(before.keys() | after.keys(), key=lambda place: (_dotted(place), place))
+    pairs = ((_dotted(place), before.get(place, ABSENT), after.get(place, ABSENT)) for place in places)
     return [(key, then, now) for key, then, now in pairs if then != now]
 
 
 def leaves(identity: Mapping[str, Any]) -> dict[str, str]:
     """Every leaf value as JSON text, by its dotted key."""
-    return dict(_leaves(_as_json(identity)))
+    return {_dotted(place): text for place, text in _leaves(_as_json(identity))}
 
 
 def is_digest(text: str) -> bool:
@@ -111,15 +112,19 @@ def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(identity, allow_nan=False))
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _leaves(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
     if isinstance(value, dict) and value:
         for key, child in value.items():
-            yield from _leaves(child, f"{prefix}.{key}" if prefix else key)
+            yield from _leaves(child, (*place, f".{key}"))
     elif isinstance(value, list) and value:
         for index, child in enumerate(value):
-            yield from _leaves(child, f"{prefix}[{index}]")
+            yield from _leaves(child, (*place, f"[{index}]"))
     else:
-        yield prefix, json.dumps(value)
+        yield place, json.dumps(value)
+
+
+def _dotted(place: tuple[str, ...]) -> str:
+    return "".join(place).removeprefix(".")
 
 
 def _shorten(text: str) -> str:

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, UsageError
@@ -339,6 +340,9 @@ _JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text(max_size=3), _JSON, max_size=4), st.randoms())
+@example({"": {"0": None}, "0": []}, Random(1))
+@example({"a.b": 1, "a": {"b": 2}}, Random(1))
+@example({"a[0]": 1, "a": [2]}, Random(1))
 def test_the_order_of_keys_changes_nothing(identity: dict[str, Any], draw: Any) -> None:
     items = list(identity.items())
     draw.shuffle(items)

@@ -135,7 +135,7 @@ class Tuning:
         sums = _sums(self.config.beta * (logprobs_P2 - self.held_out_reference_P2))
         figures = {f"dpo/eval_{name}": float(x) / len(pairs) for name, x in zip(_COUNTED[1:], sums, strict=True)}
         loss, accuracy = float(losses_P.double().mean()), figures["dpo/eval_accuracy"]
-        words = f"held-out pairs {accuracy:.3f} right, loss {loss:.4f}"
+        words = f"held-out pairs: {accuracy:.1%} of {len(pairs)} right, loss {loss:.4f}"
         return Evaluated(step, loss, {"dpo/eval_loss": loss, **figures}, words)
 
     def sample(self, tracker: Tracker, step: int) -> None:

@@ -180,7 +180,8 @@ class Ranking:
         figures[self.metric("eval_accuracy")] = accuracy
         if is_contrast_B.any():
             figures[self.metric("eval_contrast_accuracy")] = float(right_B[is_contrast_B].mean())
-        return Evaluated(step, loss, figures, f"held-out pairs {accuracy:.3f} right, loss {loss:.4f}")
+        count = int((~is_contrast_B).sum())
+        return Evaluated(step, loss, figures, f"held-out pairs: {accuracy:.1%} of {count} right, loss {loss:.4f}")
 
     def sample(self, tracker: Tracker, step: int) -> None:
         """Does nothing: a reward model generates no text."""

@@ -12,10 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llamachat.memory.estimates import QUERY_BLOCK
+from llamachat.rollout.cache import rounded_up
 
+# A CPU library compiles a kernel for each shape of a product, which takes five times as long as a small product itself,
+# and keeps the last thousand. So the numbers of queries and keys are rounded up to this.
+SHAPE_MULTIPLE = 32
 NAME, TOGETHER = "per_sequence", "per_sequence_together"
 
 
@@ -76,7 +81,8 @@ def _attention(
         result, _ = eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **named)
         return result, None
     layer: Any = module
-    pieces = _pieces(position_ids, query, is_joined=module.training and layer.config._attn_implementation == TOGETHER)
+    is_joined = module.training and layer.config._attn_implementation == TOGETHER
+    pieces = _pieces(position_ids, query, groups=query.shape[1] // key.shape[1], is_joined=is_joined)
     rows = (_one_row(*row, pieces, scaling) for row in zip(query, key, value, strict=True))
     return torch.stack(list(rows)), None
 
@@ -88,7 +94,7 @@ def _mask_of(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor:
     if num_keys > num_queries:
         return lowest.triu(1 + num_keys - num_queries)
     future = lowest.triu(1)
-    for piece in _pieces(position_ids, query, is_joined=False):
+    for piece in _pieces(position_ids, query, groups=1, is_joined=False):
         for keys in piece.keys:
             lowest[piece.start : piece.end, keys] = future[piece.start : piece.end, keys]
     return lowest
@@ -97,24 +103,34 @@ def _mask_of(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor:
 def _one_row(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: list["_Piece"], scaling: float) -> Tensor:
     """Attention output [T, H, D] of one row; groups of the H heads share one of K key-value heads."""
     num_heads, total, width = query_HTD.shape
-    query_KTGD = query_HTD.reshape(len(key_KTD), -1, total, width).transpose(1, 2).contiguous()
-    result = _Attention.apply(query_KTGD, key_KTD.contiguous(), value_KTD.contiguous(), pieces, scaling)
-    return result.transpose(0, 1).reshape(total, num_heads, width)
+    query_KTGD = query_HTD.reshape(len(key_KTD), -1, total, width).transpose(1, 2)
+    more = SHAPE_MULTIPLE - 1  # positions that the last piece may need for its rounded numbers
+    key_KTD, value_KTD = (pad(tensor, (0, 0, 0, more)) for tensor in (key_KTD, value_KTD))
+    result = _Attention.apply(pad(query_KTGD, (0, 0, 0, 0, 0, more)), key_KTD, value_KTD, pieces, scaling)
+    return result[:, :total].transpose(0, 1).reshape(total, num_heads, width)
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Queries at positions `start` to `end` of a packed row; they see `keys`, which end with their own."""
+    """Queries at positions `start` to `end` of a packed row, and the keys that they may see.
+
+    The numbers of queries and keys are rounded up: the results of more queries are discarded, and more keys hidden.
+    """
 
     start: int
     end: int
     keys: tuple[slice, ...]
-    mask_TT: Tensor  # added to the scores of their own keys: -inf for keys that a query does not see
+    mask_QS: Tensor  # [queries * G, keys], added to the scores: -inf for keys that a query does not see
 
     @property
     def count(self) -> int:
         """The number of queries."""
         return self.end - self.start
+
+    @property
+    def queries(self) -> slice:
+        """The positions of the queries, their number rounded up."""
+        return slice(self.start, self.start + rounded_up(self.count, SHAPE_MULTIPLE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,24 +143,25 @@ class _Part:
     shared: int
 
 
-# By position ids, which all layers of a pass share; then by dtype, and whether small sequences are joined.
+# By position ids, which all layers of a pass share; then by dtype, G, and whether small sequences are joined.
 _PIECES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _pieces(position_ids: Tensor | None, query_BHTD: Tensor, *, is_joined: bool) -> list[_Piece]:
+def _pieces(position_ids: Tensor | None, query_BHTD: Tensor, *, groups: int, is_joined: bool) -> list[_Piece]:
     """The sequences and branches of one packed row; several rows have one sequence each."""
-    dtype = query_BHTD.dtype
+    dtype, device = query_BHTD.dtype, query_BHTD.device
     if position_ids is None or len(query_BHTD) > 1:
-        return _cut(torch.arange(query_BHTD.shape[2], device=query_BHTD.device), dtype, is_joined=False)
+        return _cut(torch.arange(query_BHTD.shape[2]), _Masks(dtype, device, groups), is_joined=False)
     if position_ids not in _PIECES:
         _PIECES[position_ids] = {}
-    known: dict[tuple[torch.dtype, bool], list[_Piece]] = _PIECES[position_ids]
-    if (dtype, is_joined) not in known:
-        known[dtype, is_joined] = _cut(position_ids[0], dtype, is_joined=is_joined)
-    return known[dtype, is_joined]
+    known: dict[tuple[torch.dtype, int, bool], list[_Piece]] = _PIECES[position_ids]
+    kind = (dtype, groups, is_joined)
+    if kind not in known:
+        known[kind] = _cut(position_ids[0], _Masks(dtype, device, groups), is_joined=is_joined)
+    return known[kind]
 
 
-def _cut(positions_T: Tensor, dtype: torch.dtype, *, is_joined: bool) -> list[_Piece]:
+def _cut(positions_T: Tensor, masks: "_Masks", *, is_joined: bool) -> list[_Piece]:
     """Split a row into pieces: one for each branch and block of queries.
 
     Joined, small sequences share a piece of up to `QUERY_BLOCK` positions, since each piece costs a dozen kernels.
@@ -156,38 +173,54 @@ def _cut(positions_T: Tensor, dtype: torch.dtype, *, is_joined: bool) -> list[_P
         if shared == 0:
             trees.append([])
         trees[-1].append(_Part(start, end, trees[-1][0].start if shared else start, shared))
-    shape = (QUERY_BLOCK, QUERY_BLOCK)
-    future_TT = torch.full(shape, -torch.inf, dtype=dtype, device=positions_T.device).triu(1)
     pieces: list[_Piece] = []
     together: list[_Part] = []
     for tree in [*trees, []]:
         if together and (not tree or tree[-1].end - together[0].start > QUERY_BLOCK):
-            pieces.append(_block(together, future_TT))
+            pieces.append(masks.of_sequences(together))
             together = []
         if tree and (not is_joined or tree[-1].end - tree[0].start > QUERY_BLOCK):
-            pieces += [piece for part in tree for piece in _blocks_of_queries(part, future_TT)]
+            pieces += [piece for part in tree for piece in masks.of_blocks(part)]
         else:
             together += tree
     return pieces
 
 
-def _block(parts: list[_Part], future_TT: Tensor) -> _Piece:
-    """One piece from whole sequences with their branches."""
-    start, end = parts[0].start, parts[-1].end
-    mask_TT = future_TT.new_full((end - start, end - start), -torch.inf)
-    for part in parts:
-        first, last, trunk = part.start - start, part.end - start, part.trunk - start
-        mask_TT[first:last, first:last] = future_TT[: last - first, : last - first]
-        mask_TT[first:last, trunk : trunk + part.shared] = 0
-    return _Piece(start, end, (slice(start, end),), mask_TT)
+class _Masks:
+    """Makes pieces with their masks."""
 
+    def __init__(self, dtype: torch.dtype, device: torch.device, groups: int) -> None:
+        shape = (QUERY_BLOCK, QUERY_BLOCK + SHAPE_MULTIPLE)
+        self._groups = groups
+        self._future_T1S = torch.full(shape, -torch.inf, dtype=dtype, device=device).triu_(1).unsqueeze(1)
 
-def _blocks_of_queries(part: _Part, future_TT: Tensor) -> Iterator[_Piece]:
-    for start in range(part.start, part.end, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, part.end)
-        own = slice(part.start, end)
-        keys = (slice(part.trunk, part.trunk + part.shared), own) if part.shared else (own,)
-        yield _Piece(start, end, keys, future_TT[: end - start, : end - start])
+    def of_sequences(self, parts: list[_Part]) -> _Piece:
+        """One piece from whole sequences with their branches."""
+        start, end = parts[0].start, parts[-1].end
+        mask_QGS = self._zeros(end - start, end - start)
+        mask_QGS[: end - start] = -torch.inf
+        for part in parts:
+            first, last, trunk = part.start - start, part.end - start, part.trunk - start
+            mask_QGS[first:last, :, first:last] = self._future_T1S[: last - first, :, : last - first]
+            mask_QGS[first:last, :, trunk : trunk + part.shared] = 0
+        return _Piece(start, end, (slice(start, start + mask_QGS.shape[2]),), mask_QGS.flatten(0, 1))
+
+    def of_blocks(self, part: _Part) -> Iterator[_Piece]:
+        """One piece for each block of a sequence's or branch's queries."""
+        for start in range(part.start, part.end, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, part.end)
+            own = part.shared + start - part.start  # the first key that is one of these queries
+            mask_QGS = self._zeros(end - start, own + end - start)
+            seen = mask_QGS.shape[2]
+            mask_QGS[: end - start, :, own:] = self._future_T1S[: end - start, :, : seen - own]
+            keys = (slice(part.start, part.start + seen - part.shared),)
+            if part.shared:
+                keys = (slice(part.trunk, part.trunk + part.shared), *keys)
+            yield _Piece(start, end, keys, mask_QGS.flatten(0, 1))
+
+    def _zeros(self, queries: int, keys: int) -> Tensor:
+        shape = (rounded_up(queries, SHAPE_MULTIPLE), self._groups, rounded_up(keys, SHAPE_MULTIPLE))
+        return self._future_T1S.new_zeros(shape)
 
 
 class _Attention(torch.autograd.Function):
@@ -203,14 +236,13 @@ class _Attention(torch.autograd.Function):
         heads, _, groups, width = query_KTGD.shape
         saved_weights = []
         for piece in pieces:
-            query = query_KTGD[:, piece.start : piece.end].flatten(1, 2)
-            scores = torch.bmm(query, _seen(key_KTD, piece).transpose(1, 2)).mul_(scaling)
-            own = scores.view(heads, piece.count, groups, -1)[..., -piece.count :]
-            own.add_(piece.mask_TT.unsqueeze(1))
+            query = query_KTGD[:, piece.queries].flatten(1, 2)
+            mask = piece.mask_QS.expand(heads, -1, -1)
+            scores = torch.baddbmm(mask, query, _seen(key_KTD, piece).transpose(1, 2), alpha=scaling)
             weights = torch.softmax(scores, dim=-1)
-            result_KTGD[:, piece.start : piece.end] = torch.bmm(weights, _seen(value_KTD, piece)).view(
-                heads, piece.count, groups, width
-            )
+            result = torch.bmm(weights, _seen(value_KTD, piece)).view(heads, -1, groups, width)
+            result_KTGD[:, piece.start : piece.end] = result[:, : piece.count]
+            weights[:, piece.count * groups :] = 0  # discarded results have no gradient
             saved_weights.append(weights)
         ctx.pieces, ctx.scaling = pieces, scaling
         ctx.save_for_backward(query_KTGD, key_KTD, value_KTD, *saved_weights)
@@ -224,11 +256,11 @@ class _Attention(torch.autograd.Function):
         # Several pieces contribute to the keys and values of a shared prefix.
         of_key, of_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key_KTD, value_KTD))
         for piece, weights in zip(ctx.pieces, saved_weights, strict=True):
-            query, result = (tensor[:, piece.start : piece.end].flatten(1, 2) for tensor in (query_KTGD, result_KTGD))
+            query, result = (tensor[:, piece.queries].flatten(1, 2) for tensor in (query_KTGD, result_KTGD))
             of_weights = torch.bmm(result, _seen(value_KTD, piece).transpose(1, 2))
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
             of_piece = torch.bmm(of_scores, _seen(key_KTD, piece))
-            of_query[:, piece.start : piece.end] = of_piece.view_as(of_query[:, piece.start : piece.end])
+            of_query[:, piece.start : piece.end] = of_piece.view_as(of_query[:, piece.queries])[:, : piece.count]
             _add(of_key, torch.bmm(of_scores.transpose(1, 2), query), piece)
             _add(of_value, torch.bmm(weights.transpose(1, 2), result), piece)
         return of_query, of_key.to(key_KTD.dtype), of_value.to(value_KTD.dtype), None, None

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 
 from llamachat.chat_format import ChatFormat
@@ -167,6 +168,26 @@ def test_rows_that_begin_alike_are_scored_as_alone_and_their_beginning_once(
         assert len(computed) == 1 and computed[0] < 240 < sum(map(len, rows))
     elif row_tokens == 60:
         assert max(computed) <= 128 and len(computed) > 2
+
+
+def test_attention_by_sequence_multiplies_matrices_of_few_shapes(tmp_path: Path, tiny_sentencepiece: bytes):
+    """A CPU library compiles a kernel for each shape, which takes longer than a small product."""
+    _, start = trained(tmp_path, tiny_sentencepiece, "full")
+    use_sequence_attention(start.model)
+    shapes: set[tuple[int, ...]] = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.baddbmm.default:
+                shapes.add(tuple(result.shape))
+            return result
+
+    prompt = tuple(range(3, 40))
+    with Recorder():
+        score_rows(start.model, [*((*prompt, *range(50, 50 + count)) for count in range(9, 41)), (7, 8)])
+    assert shapes and all(size % 32 == 0 for shape in shapes for size in shape[1:])
+    assert len(shapes) <= 6
 
 
 def test_gradients_of_a_packed_row_are_those_of_plain_transformers(tmp_path: Path, tiny_sentencepiece: bytes):

@@ -16,10 +16,9 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llamachat.memory.estimates import QUERY_BLOCK
-from llamachat.rollout.cache import rounded_up
 
-# A CPU library compiles a kernel for each shape of a product, which takes five times as long as a small product itself,
-# and keeps the last thousand. So the numbers of queries and keys are rounded up to this.
+# In 16 bits a CPU library compiles a kernel for each shape of a product, which takes five times as long as a small
+# product itself, and keeps the last thousand. So the numbers of queries and keys are rounded up to this.
 SHAPE_MULTIPLE = 32
 NAME, TOGETHER = "per_sequence", "per_sequence_together"
 
@@ -119,18 +118,14 @@ class _Piece:
 
     start: int
     end: int
+    queries: slice  # from `start`, their number rounded up
     keys: tuple[slice, ...]
     mask_QS: Tensor  # [queries * G, keys], added to the scores: -inf for keys that a query does not see
 
     @property
     def count(self) -> int:
-        """The number of queries."""
+        """The number of queries whose results are used."""
         return self.end - self.start
-
-    @property
-    def queries(self) -> slice:
-        """The positions of the queries, their number rounded up."""
-        return slice(self.start, self.start + rounded_up(self.count, SHAPE_MULTIPLE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +146,17 @@ def _pieces(position_ids: Tensor | None, query_BHTD: Tensor, *, groups: int, is_
     """The sequences and branches of one packed row; several rows have one sequence each."""
     dtype, device = query_BHTD.dtype, query_BHTD.device
     if position_ids is None or len(query_BHTD) > 1:
-        return _cut(torch.arange(query_BHTD.shape[2]), _Masks(dtype, device, groups), is_joined=False)
+        return _cut(torch.arange(query_BHTD.shape[2]), _Cutter(dtype, device, groups), is_joined=False)
     if position_ids not in _PIECES:
         _PIECES[position_ids] = {}
     known: dict[tuple[torch.dtype, int, bool], list[_Piece]] = _PIECES[position_ids]
     kind = (dtype, groups, is_joined)
     if kind not in known:
-        known[kind] = _cut(position_ids[0], _Masks(dtype, device, groups), is_joined=is_joined)
+        known[kind] = _cut(position_ids[0], _Cutter(dtype, device, groups), is_joined=is_joined)
     return known[kind]
 
 
-def _cut(positions_T: Tensor, masks: "_Masks", *, is_joined: bool) -> list[_Piece]:
+def _cut(positions_T: Tensor, cutter: "_Cutter", *, is_joined: bool) -> list[_Piece]:
     """Split a row into pieces: one for each branch and block of queries.
 
     Joined, small sequences share a piece of up to `QUERY_BLOCK` positions, since each piece costs a dozen kernels.
@@ -177,21 +172,22 @@ def _cut(positions_T: Tensor, masks: "_Masks", *, is_joined: bool) -> list[_Piec
     together: list[_Part] = []
     for tree in [*trees, []]:
         if together and (not tree or tree[-1].end - together[0].start > QUERY_BLOCK):
-            pieces.append(masks.of_sequences(together))
+            pieces.append(cutter.of_sequences(together))
             together = []
         if tree and (not is_joined or tree[-1].end - tree[0].start > QUERY_BLOCK):
-            pieces += [piece for part in tree for piece in masks.of_blocks(part)]
+            pieces += [piece for part in tree for piece in cutter.of_blocks(part)]
         else:
             together += tree
     return pieces
 
 
-class _Masks:
+class _Cutter:
     """Makes pieces with their masks."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, groups: int) -> None:
         shape = (QUERY_BLOCK, QUERY_BLOCK + SHAPE_MULTIPLE)
         self._groups = groups
+        self._multiple = 1 if dtype.itemsize > 2 else SHAPE_MULTIPLE
         self._future_T1S = torch.full(shape, -torch.inf, dtype=dtype, device=device).triu_(1).unsqueeze(1)
 
     def of_sequences(self, parts: list[_Part]) -> _Piece:
@@ -203,7 +199,7 @@ class _Masks:
             first, last, trunk = part.start - start, part.end - start, part.trunk - start
             mask_QGS[first:last, :, first:last] = self._future_T1S[: last - first, :, : last - first]
             mask_QGS[first:last, :, trunk : trunk + part.shared] = 0
-        return _Piece(start, end, (slice(start, start + mask_QGS.shape[2]),), mask_QGS.flatten(0, 1))
+        return self._piece(start, end, (slice(start, start + mask_QGS.shape[2]),), mask_QGS)
 
     def of_blocks(self, part: _Part) -> Iterator[_Piece]:
         """One piece for each block of a sequence's or branch's queries."""
@@ -216,11 +212,14 @@ class _Masks:
             keys = (slice(part.start, part.start + seen - part.shared),)
             if part.shared:
                 keys = (slice(part.trunk, part.trunk + part.shared), *keys)
-            yield _Piece(start, end, keys, mask_QGS.flatten(0, 1))
+            yield self._piece(start, end, keys, mask_QGS)
 
     def _zeros(self, queries: int, keys: int) -> Tensor:
-        shape = (rounded_up(queries, SHAPE_MULTIPLE), self._groups, rounded_up(keys, SHAPE_MULTIPLE))
-        return self._future_T1S.new_zeros(shape)
+        queries, keys = (count + -count % self._multiple for count in (queries, keys))
+        return self._future_T1S.new_zeros(queries, self._groups, keys)
+
+    def _piece(self, start: int, end: int, keys: tuple[slice, ...], mask_QGS: Tensor) -> _Piece:
+        return _Piece(start, end, slice(start, start + len(mask_QGS)), keys, mask_QGS.flatten(0, 1))
 
 
 class _Attention(torch.autograd.Function):

@@ -173,7 +173,7 @@ def test_rows_that_begin_alike_are_scored_as_alone_and_their_beginning_once(
 def test_attention_by_sequence_multiplies_matrices_of_few_shapes(tmp_path: Path, tiny_sentencepiece: bytes):
     """In 16 bits a CPU library compiles a kernel for each shape, which takes longer than a small product."""
     _, start = trained(tmp_path, tiny_sentencepiece, "full")
-    use_sequence_attention(start.model.to(torch.bfloat16))
+    use_sequence_attention(start.model.bfloat16())
     shapes: set[tuple[int, ...]] = set()
 
     class Recorder(TorchDispatchMode):

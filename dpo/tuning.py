@@ -31,6 +31,7 @@ from llamachat.data.packing import StepPlan, pack, plan_steps
 from llamachat.data.pairs import PairExample
 from llamachat.errors import first_line
 from llamachat.maths.logprobs import token_logprobs
+from llamachat.models.final_states import final_states
 from llamachat.models.sequence_attention import attends_by_sequence
 from llamachat.runs.atomic import incoming_file, storage_errors
 from llamachat.runs.inputs import StepInputs
@@ -232,12 +233,11 @@ def pair_logprobs(model: nn.Module, pairs: Sequence[PairExample], *, row_tokens:
 def answer_logprobs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """log p(answer | prompt) of both answers of each pair in a packed row, [B, 2] in nats, summed in fp32."""
     llama: Any = model  # methods of transformers and PEFT are reached through nn.Module.__getattr__
-    hidden_TD = llama.get_decoder()(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    ).last_hidden_state[0]
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    hidden_ND = final_states(llama.get_decoder(), batch["states_at"], **inputs)
     tokens_N, answers_N = batch["next_tokens"], batch["answers"]
     head = llama.get_output_embeddings()
-    logprobs_N = token_logprobs(hidden_TD[batch["states_at"]], tokens_N, head=head).logprobs
+    logprobs_N = token_logprobs(hidden_ND, tokens_N, head=head).logprobs
     count = int(answers_N[-1]) + 1 if len(answers_N) else 0
     return logprobs_N.new_zeros(count).index_add(0, answers_N, logprobs_N).view(-1, 2)
 

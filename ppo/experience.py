@@ -117,7 +117,7 @@ def model_outputs(
     rows = distributed.shard(rows)
 
     def states(role: "Role", row: PackedRow) -> Tensor:
-        return bank.hidden(role, row.batch)[0, row.places_N]
+        return bank.states(role, row.batch, row.places_N)
 
     # One role at a time, since switching roles walks over all adapters.
     for row in rows:

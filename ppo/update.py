@@ -119,7 +119,7 @@ class Updater:
         hidden_ND: Tensor | None = None
         if trains_policy or is_shared:
             with torch.set_grad_enabled(trains_policy):
-                hidden_ND = bank.hidden("policy", row.batch)[0, row.places_N]
+                hidden_ND = bank.states("policy", row.batch, row.places_N)
         if trains_policy:
             assert hidden_ND is not None
             new = token_logprobs(hidden_ND, row.tokens_N, head=bank.lm_head("policy"), temperature=self.temperature)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llamachat.data.packing import IGNORED
 from llamachat.maths import tokens_per_chunk
+from llamachat.models.final_states import final_states
 
 # PyTorch caches a CPU kernel for every shape: with arbitrary lengths, memory grew from 0.5 to 1.5 GiB in 200 rows.
 # Lengths are padded to a multiple, which is also faster.
@@ -24,15 +25,16 @@ def answer_token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     LoRA adapter; `batch` comes from the collator of `llamachat.data.packing`.
     """
     llama: Any = model  # methods of transformers and PEFT are reached through nn.Module.__getattr__
-    labels_BT = batch["labels"][:, 1:]
-    kept_BT = labels_BT != IGNORED
-    hidden_BTD = llama.get_decoder()(
+    labels_T = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    places_N = (labels_T != IGNORED).nonzero().squeeze(1)
+    hidden_ND = final_states(
+        llama.get_decoder(),
+        places_N,
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         attention_mask=batch.get("attention_mask"),
-        use_cache=False,
-    ).last_hidden_state[:, :-1]
-    hidden_ND, labels_N = hidden_BTD[kept_BT], labels_BT[kept_BT]
+    )
+    labels_N = labels_T[places_N]
     count = len(labels_N)
     missing = -count % SHAPE_MULTIPLE
     hidden_ND = nn.functional.pad(hidden_ND, (0, 0, 0, missing))

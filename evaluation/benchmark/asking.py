@@ -9,6 +9,7 @@ from llamachat.chat_format import TrainOn
 from llamachat.chat_format.dialog import DialogError, Message, with_system
 from llamachat.chat_format.format import fit
 from llamachat.config.sections import Rollout
+from llamachat.models.final_states import final_states
 from llamachat.models.loading import Policy
 from llamachat.rollout import open_engine
 from llamachat.rollout.engine import Sampling
@@ -71,7 +72,7 @@ class Respondent:
         logprobs = iter(
             response_logprobs(
                 encoded_choices,
-                hidden=lambda batch: model.get_decoder()(**batch, use_cache=False).last_hidden_state,
+                states=lambda batch, places: final_states(model.get_decoder(), places, **batch),
                 head=model.get_output_embeddings(),
                 device=model.device,
                 temperature=1.0,

@@ -105,7 +105,7 @@ def answer_logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], *, tem
         sequences,
         lambda mine: response_logprobs(
             mine,
-            hidden=lambda batch: bank.hidden("policy", batch),
+            states=lambda batch, places: bank.states("policy", batch, places),
             head=bank.lm_head("policy"),
             device=bank.device,
             temperature=temperature,
@@ -117,17 +117,17 @@ def answer_logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], *, tem
 def response_logprobs(
     sequences: Sequence[TokenSequence],
     *,
-    hidden: Callable[[Mapping[str, Tensor]], Tensor],
+    states: Callable[[Mapping[str, Tensor], Tensor], Tensor],
     head: Head,
     device: torch.device,
     temperature: float,
 ) -> list[float]:
-    """The same by a model whose `hidden` gives the final states [1, T, D] of a packed row, and `head` the logits of
-    states."""
+    """The same by a model whose `states` gives the final states [N, D] at places of a packed row, and `head` the logits
+    of states."""
     sums_B = torch.zeros(len(sequences), dtype=torch.float64)
     row_tokens = _ROW_TOKENS.get(device.type, _ROW_TOKENS["cpu"])
     for row in packed_rows(sequences, range(len(sequences)), row_tokens=row_tokens, device=device):
-        hidden_ND = hidden(row.batch)[0, row.places_N]
+        hidden_ND = states(row.batch, row.places_N)
         logprobs_N = token_logprobs(hidden_ND, row.tokens_N, head=head, temperature=temperature).logprobs
         sums_B.index_add_(0, row.rows_N.cpu(), logprobs_N.double().cpu())
     return sums_B.tolist()

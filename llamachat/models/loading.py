@@ -398,7 +398,7 @@ def load_llama(
     if attention == "auto" and not has_flash and can_use_varlen_attention(config, dtype, torch.device(device)):
         use_varlen_attention(model)
     if device == "cpu":
-        _use_fast_norms(model)
+        _use_fast_layers(model)
     if is_nf4:
         nf4.close_cpu_trap(model)
         source = trunk_digest(nf4.model_folder(location), values_per_weight=VALUES_PER_WEIGHT)
@@ -412,10 +412,12 @@ def load_llama(
     return model if is_nf4 else model.to(torch.device(device))
 
 
-def _use_fast_norms(model: Any) -> None:
-    from llamachat.models.norms import use_fast_norms  # it loads transformers
+def _use_fast_layers(model: Any) -> None:
+    from llamachat.models.final_states import use_last_layer  # these load transformers
+    from llamachat.models.norms import use_fast_norms
 
     use_fast_norms(model)
+    use_last_layer(model)
 
 
 def _check_weights(report: Mapping[str, Any], location: str, may_lack: Collection[str]) -> None:

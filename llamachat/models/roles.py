@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llamachat.chat_format import ChatFormat
 from llamachat.models import nf4
+from llamachat.models.final_states import final_states
 from llamachat.models.loading import ADAPTER_WEIGHTS, ONLY_ADAPTER, gpus, policy_details, save_policy
 from llamachat.models.reward_model import RewardModel
 from llamachat.models.scoring_head import read_out, score_rows
@@ -130,11 +131,19 @@ class RoleBank:
         other keys are ignored, and there is no attention mask. Only the states of policy and critic carry gradients, if
         torch records them. For a shared critic, they are the policy's.
         """
+        return self._run(role, batch, lambda trunk, inputs: trunk(**inputs, use_cache=False).last_hidden_state)
+
+    def states(self, role: Role, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        """The same at these indices [N] into the flattened rows of `batch`: [N, D], in less time on a CPU."""
+        return self._run(role, batch, lambda trunk, inputs: final_states(trunk, positions, **inputs))
+
+    def _run(
+        self, role: Role, batch: Mapping[str, Tensor], forward: Callable[[Any, Mapping[str, Any]], Tensor]
+    ) -> Tensor:
         slot = self._slots[role]
         records = role in ("policy", "critic") and torch.is_grad_enabled()
         with torch.set_grad_enabled(records), _Activated(self, slot), _checkpointing(slot.trunk, records):
-            ids_BT, positions_BT = batch["input_ids"], batch.get("position_ids")
-            return cast(Any, slot.trunk)(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+            return forward(slot.trunk, {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids")})
 
     @property
     def has_critic(self) -> bool:
@@ -146,7 +155,7 @@ class RoleBank:
 
     def values(self, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         """The critic's values [N], fp32, at these indices [N] into the flattened rows of `batch`."""
-        return self.values_of(self.hidden("critic", batch).flatten(0, 1)[positions])
+        return self.values_of(self.states("critic", batch, positions))
 
     def values_of(self, hidden: Tensor) -> Tensor:
         """The critic's values [..], fp32, of states [.., D] from `hidden`; a shared critic uses the policy's: one pass

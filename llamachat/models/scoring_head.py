@@ -19,6 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from llamachat.chat_format.tokenizer import FILLER_ID
 from llamachat.data.packing import pack_responses
+from llamachat.models.final_states import final_states
 from llamachat.models.sequence_attention import attends_by_sequence
 
 # Tokens per forward pass for scoring, padding included. Ours, limited by memory, not tuned for speed.
@@ -45,12 +46,11 @@ class ScoringLlama(LlamaForSequenceClassification):
         """
         if ends is None:
             return super().forward(input_ids, attention_mask, position_ids, *arguments, **named)
-        hidden_BTD = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        hidden_TD = hidden_BTD.flatten(0, 1)
-        scores_N = read_out(cast(Any, self.score), hidden_TD[ends])
-        states = None if states_at is None else hidden_TD[states_at]
+        places = ends if states_at is None else torch.cat((ends, states_at))
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        hidden = final_states(self.model, places, **inputs)
+        scores_N = read_out(cast(Any, self.score), hidden[: len(ends)])
+        states = None if states_at is None else hidden[len(ends) :]
         return SequenceClassifierOutputWithPast(logits=cast(Any, scores_N), hidden_states=cast(Any, states))
 
 

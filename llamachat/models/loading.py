@@ -413,11 +413,11 @@ def load_llama(
 
 
 def _use_fast_layers(model: Any) -> None:
-    from llamachat.models.final_states import use_last_layer  # these load transformers
+    from llamachat.models.final_states import trim_last_layer  # these load transformers
     from llamachat.models.norms import use_fast_norms
 
     use_fast_norms(model)
-    use_last_layer(model)
+    trim_last_layer(model)
 
 
 def _check_weights(report: Mapping[str, Any], location: str, may_lack: Collection[str]) -> None:

@@ -134,7 +134,7 @@ class RoleBank:
         return self._run(role, batch, lambda trunk, inputs: trunk(**inputs, use_cache=False).last_hidden_state)
 
     def states(self, role: Role, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        """The same at these indices [N] into the flattened rows of `batch`: [N, D], in less time on a CPU."""
+        """The same at these indices [N] into the flattened rows of `batch`: [N, D]; on a CPU faster than all states."""
         return self._run(role, batch, lambda trunk, inputs: final_states(trunk, positions, **inputs))
 
     def _run(
@@ -158,8 +158,8 @@ class RoleBank:
         return self.values_of(self.states("critic", batch, positions))
 
     def values_of(self, hidden: Tensor) -> Tensor:
-        """The critic's values [..], fp32, of states [.., D] from `hidden`; a shared critic uses the policy's: one pass
-        serves both."""
+        """The critic's values [..], fp32, of states [.., D] from `hidden` or `states`; a shared critic uses the policy's:
+        one pass serves both."""
         assert self._value_head is not None, "the bank has a critic"
         return read_out(self._value_head, hidden)
 

@@ -17,9 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from llamachat.memory.estimates import QUERY_BLOCK
 
-# In 16 bits a CPU library compiles a kernel for each shape of a product, which takes five times as long as a small
-# product itself, and keeps the last thousand. So the numbers of queries and keys are rounded up to this.
-SHAPE_MULTIPLE = 32
+# In 16 bits oneDNN compiles a kernel for each shape of a product, which takes five times as long as a small product
+# itself, and caches the last thousand kernels. So the numbers of queries and keys are rounded up to this multiple, in
+# dtypes of at most so many bytes.
+SHAPE_MULTIPLE, ROUNDED_BYTES = 32, 2
 NAME, TOGETHER = "per_sequence", "per_sequence_together"
 
 
@@ -103,9 +104,9 @@ def _one_row(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: list
     """Attention output [T, H, D] of one row; groups of the H heads share one of K key-value heads."""
     num_heads, total, width = query_HTD.shape
     query_KTGD = query_HTD.reshape(len(key_KTD), -1, total, width).transpose(1, 2)
-    more = SHAPE_MULTIPLE - 1  # positions that the last piece may need for its rounded numbers
-    key_KTD, value_KTD = (pad(tensor, (0, 0, 0, more)) for tensor in (key_KTD, value_KTD))
-    result = _Attention.apply(pad(query_KTGD, (0, 0, 0, 0, 0, more)), key_KTD, value_KTD, pieces, scaling)
+    extra = SHAPE_MULTIPLE - 1  # the last piece may extend this far past the row
+    key_KTD, value_KTD = (pad(tensor, (0, 0, 0, extra)) for tensor in (key_KTD, value_KTD))
+    result = _Attention.apply(pad(query_KTGD, (0, 0, 0, 0, 0, extra)), key_KTD, value_KTD, pieces, scaling)
     return result[:, :total].transpose(0, 1).reshape(total, num_heads, width)
 
 
@@ -113,7 +114,8 @@ def _one_row(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: list
 class _Piece:
     """Queries at positions `start` to `end` of a packed row, and the keys that they may see.
 
-    The numbers of queries and keys are rounded up: the results of more queries are discarded, and more keys hidden.
+    In 16 bits the numbers of queries and keys are rounded up: results of the extra queries are discarded, and the extra
+    keys are hidden.
     """
 
     start: int
@@ -187,7 +189,7 @@ class _Cutter:
     def __init__(self, dtype: torch.dtype, device: torch.device, groups: int) -> None:
         shape = (QUERY_BLOCK, QUERY_BLOCK + SHAPE_MULTIPLE)
         self._groups = groups
-        self._multiple = 1 if dtype.itemsize > 2 else SHAPE_MULTIPLE
+        self._multiple = SHAPE_MULTIPLE if dtype.itemsize <= ROUNDED_BYTES else 1
         self._future_T1S = torch.full(shape, -torch.inf, dtype=dtype, device=device).triu_(1).unsqueeze(1)
 
     def of_sequences(self, parts: list[_Part]) -> _Piece:

@@ -17,6 +17,7 @@ from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Split, Tuning
 from llamachat.data.pairs import PairExample
 from llamachat.errors import DivergedError
+from llamachat.models import sequence_attention
 from llamachat.models.loading import trunk_digest
 from llamachat.models.reward_model import load_reward_model, reward_trunk_digest
 from llamachat.models.sequence_attention import use_sequence_attention
@@ -155,10 +156,17 @@ def labelled(folder: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    ("dtype", "trains_together"), [("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)]
-)
-def test_attention_by_sequence_is_eager_attention(dtype: str, trains_together: bool, base: Path, tmp_path: Path):
+@pytest.mark.parametrize("trains_together", [False, True])
+@pytest.mark.parametrize(("dtype", "rounded_bytes"), [("float32", 2), ("float32", 4), ("bfloat16", 2)])
+def test_attention_by_sequence_is_eager_attention(
+    dtype: str,
+    rounded_bytes: int,
+    trains_together: bool,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(sequence_attention, "ROUNDED_BYTES", rounded_bytes)  # numbers are rounded up in fp32, too
     inputs = reward_inputs(tmp_path, base, dtype=dtype, attention="eager")
     with open_session(Config(pairs_per_step=12, row_tokens=300), inputs) as (session, ranking):
         move_head(ranking.model)

@@ -120,7 +120,7 @@ def test_a_shared_critic_reads_the_states_of_the_policy(world: World):
     torch.testing.assert_close(bank.values_of(hidden[0, ENDS]), wanted, **EXACT)
 
 
-def test_padded_rows_give_the_states_of_packed_ones(world: World):
+def test_padded_rows_and_chosen_positions_give_the_states_of_packed_rows(world: World):
     bank = world.bank(LORA, LORA)
     longest = max(map(len, ROWS))
     padded = {"input_ids": torch.tensor([[*row, *[0] * (longest - len(row))] for row in ROWS])}
@@ -128,6 +128,7 @@ def test_padded_rows_give_the_states_of_packed_ones(world: World):
         packed, states = bank.hidden(role, PACKED)[0], bank.hidden(role, padded)
         taken = torch.cat([states[index, : len(row)] for index, row in enumerate(ROWS)])
         torch.testing.assert_close(taken, packed, **EXACT)
+        torch.testing.assert_close(bank.states(role, PACKED, ENDS), packed[ENDS], **EXACT)
 
 
 # --- switching

@@ -134,7 +134,7 @@ class RoleBank:
         return self._run(role, batch, lambda trunk, inputs: trunk(**inputs, use_cache=False).last_hidden_state)
 
     def states(self, role: Role, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        """The same at these indices [N] into the flattened rows of `batch`: [N, D]; on a CPU faster than all states."""
+        """Final hidden states [N, D] at these indices [N] into the flattened rows of `batch`; as `hidden`, but faster."""
         return self._run(role, batch, lambda trunk, inputs: final_states(trunk, positions, **inputs))
 
     def _run(

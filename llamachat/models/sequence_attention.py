@@ -18,9 +18,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from llamachat.memory.estimates import QUERY_BLOCK
 
 # In 16 bits oneDNN compiles a kernel for each shape of a product, which takes five times as long as a small product
-# itself, and caches the last thousand kernels. So the numbers of queries and keys are rounded up to this multiple, in
-# dtypes of at most so many bytes.
-SHAPE_MULTIPLE, ROUNDED_BYTES = 32, 2
+# itself, and caches the last thousand kernels. So the numbers of queries and keys are rounded up to a multiple.
+SHAPE_MULTIPLE = 32
+ROUNDED_BYTES = 2  # largest size of a number for which this is done
 NAME, TOGETHER = "per_sequence", "per_sequence_together"
 
 

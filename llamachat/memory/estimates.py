@@ -141,7 +141,7 @@ class Shape:
         Counted for transformers' Llama: both norms save their input in fp32, their output and, if norms train, the
         normalized input; attention saves q, k, v and its output; SwiGLU saves four tensors; an adapter seven of its
         rank. Eager attention also saves its scores in fp32 and in `width`, and keys and values repeated for every head;
-        attention by sequence (llamachat/models/sequence_attention.py) saves each query block's weights, in `width`.
+        training by sequence (llamachat/models/sequence_attention.py) saves each query block's weights, in `width`.
         """
         hidden, query = self.hidden_size, self.query_size
         key_value = query if attention == "eager" else self.key_value_size

@@ -45,6 +45,6 @@ class _RMSNorm(torch.autograd.Function):
             weight_grad_D = (gradients[0] * normed_D).flatten(0, -2).sum(0)
         if ctx.needs_input_grad[0]:
             normed_grad_D, wide_D = (gradients[0] * weight_D).float(), normed_D.float()
-            projection_1 = (normed_grad_D * wide_D).mean(-1, keepdim=True)
-            input_grad_D = (normed_grad_D - wide_D * projection_1).mul_(scale_1).to(normed_D.dtype)
+            projection_1 = torch.linalg.vecdot(normed_grad_D, wide_D).unsqueeze(-1) / wide_D.shape[-1]
+            input_grad_D = normed_grad_D.addcmul_(wide_D, projection_1, value=-1).mul_(scale_1).to(normed_D.dtype)
         return input_grad_D, weight_grad_D, None

@@ -2,17 +2,18 @@
 
 A packed row's mask discards the scores between sequences. Without a fused kernel they are still computed and read again
 in the backward pass, which dominates a small model's time. The results equal those of transformers' eager attention
-except for the order of some sums. A sequence may branch: two answers to one prompt compute its keys and values once.
+except for rounding. A sequence may branch: two answers to one prompt compute its keys and values once.
 Shapes: B rows, H heads, T positions, D a head's width.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llamachat.memory.estimates import QUERY_BLOCK
@@ -27,8 +28,9 @@ NAME, TOGETHER = "per_sequence", "per_sequence_together"
 def use_sequence_attention(model: nn.Module, *, trains_together: bool = False) -> None:
     """Switch the model to this attention, for packed rows ([1, T]) and right-padded rows.
 
-    With `trains_together` small sequences share their kernels in training mode, which is faster. The order of sums then
-    depends on a sequence's neighbours; in evaluation mode it never does.
+    With `trains_together` small sequences share their kernels in training mode, which is faster. Results then differ from
+    those of evaluation mode in rounding, and the order of sums depends on a sequence's neighbours. Without it results are
+    the same bits in both modes, with and without gradients.
 
     In a packed row, position 0 starts a sequence. Positions that jump back to p > 0 start a branch, which sees the
     sequence's first p positions and itself.
@@ -83,7 +85,7 @@ def _attention(
     layer: Any = module
     is_joined = module.training and layer.config._attn_implementation == TOGETHER
     pieces = _pieces(position_ids, query, groups=query.shape[1] // key.shape[1], is_joined=is_joined)
-    rows = (_one_row(*row, pieces, scaling) for row in zip(query, key, value, strict=True))
+    rows = (_one_row(*row, pieces, scaling, saves_weights=is_joined) for row in zip(query, key, value, strict=True))
     return torch.stack(list(rows)), None
 
 
@@ -100,13 +102,22 @@ def _mask_of(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor:
     return lowest
 
 
-def _one_row(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: list["_Piece"], scaling: float) -> Tensor:
+def _one_row(
+    query_HTD: Tensor,
+    key_KTD: Tensor,
+    value_KTD: Tensor,
+    pieces: list["_Piece"],
+    scaling: float,
+    *,
+    saves_weights: bool,
+) -> Tensor:
     """Attention output [T, H, D] of one row; groups of the H heads share one of K key-value heads."""
     num_heads, total, width = query_HTD.shape
     query_KTGD = query_HTD.reshape(len(key_KTD), -1, total, width).transpose(1, 2)
     extra = SHAPE_MULTIPLE - 1  # the last piece may extend this far past the row
     key_KTD, value_KTD = (pad(tensor, (0, 0, 0, extra)) for tensor in (key_KTD, value_KTD))
-    result = _Attention.apply(pad(query_KTGD, (0, 0, 0, 0, 0, extra)), key_KTD, value_KTD, pieces, scaling)
+    query_KTGD = pad(query_KTGD, (0, 0, 0, 0, 0, extra))
+    result = _Attention.apply(query_KTGD, key_KTD, value_KTD, pieces, scaling, saves_weights)
     return result[:, :total].transpose(0, 1).reshape(total, num_heads, width)
 
 
@@ -122,7 +133,7 @@ class _Piece:
     end: int
     queries: slice  # from `start`, their number rounded up
     keys: tuple[slice, ...]
-    mask_QS: Tensor  # [queries * G, keys], added to the scores: -inf for keys that a query does not see
+    mask_QGS: Tensor  # added to the scores: -inf for keys that a query does not see
 
     @property
     def count(self) -> int:
@@ -221,30 +232,38 @@ class _Cutter:
         return self._future_T1S.new_zeros(queries, self._groups, keys)
 
     def _piece(self, start: int, end: int, keys: tuple[slice, ...], mask_QGS: Tensor) -> _Piece:
-        return _Piece(start, end, slice(start, start + len(mask_QGS)), keys, mask_QGS.flatten(0, 1))
+        return _Piece(start, end, slice(start, start + len(mask_QGS)), keys, mask_QGS)
 
 
 class _Attention(torch.autograd.Function):
     """Softmax attention over the pieces of one row, with a manual backward pass.
 
-    Autograd would save scores in fp32 and in the model's dtype, and copies of all keys and values for each head; this
-    saves only the weights. Shapes: K key-value heads, T positions, G query heads per key-value head, D a head's width.
+    With `saves_weights` the forward pass uses plain products and saves the softmax weights. Without it, torch's fused
+    kernel takes about half the time, and the backward pass computes the weights again: on short sequences the kernel's
+    own backward pass takes twice as long. Shapes: K key-value heads, T positions, G query heads per key-value head, D a
+    head's width, Q queries of a piece, S its keys.
     """
 
     @staticmethod
-    def forward(ctx: Any, query_KTGD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: Any, scaling: Any) -> Tensor:
+    def forward(
+        ctx: Any, query_KTGD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: Any, scaling: Any, saves_weights: Any
+    ) -> Tensor:
         result_KTGD = torch.empty_like(query_KTGD)
         heads, _, groups, width = query_KTGD.shape
         saved_weights = []
         for piece in pieces:
-            query = query_KTGD[:, piece.queries].flatten(1, 2)
-            mask = piece.mask_QS.expand(heads, -1, -1)
-            scores = torch.baddbmm(mask, query, _seen(key_KTD, piece).transpose(1, 2), alpha=scaling)
-            weights = torch.softmax(scores, dim=-1)
-            result = torch.bmm(weights, _seen(value_KTD, piece)).view(heads, -1, groups, width)
-            result_KTGD[:, piece.start : piece.end] = result[:, : piece.count]
-            weights[:, piece.count * groups :] = 0  # discarded results have no gradient
-            saved_weights.append(weights)
+            key, value = _seen(key_KTD, piece), _seen(value_KTD, piece)
+            if saves_weights:
+                weights = _weights(query_KTGD[:, piece.queries].flatten(1, 2), key, piece, scaling)
+                saved_weights.append(weights)
+                result_KQGD = torch.bmm(weights, value).view(heads, -1, groups, width)
+            else:
+                query_KGQD = query_KTGD[:, piece.queries].transpose(1, 2)
+                key, value = (tensor.unsqueeze(1).expand(-1, groups, -1, -1) for tensor in (key, value))
+                mask_QS = piece.mask_QGS[:, 0]
+                result_KGQD = scaled_dot_product_attention(query_KGQD, key, value, attn_mask=mask_QS, scale=scaling)
+                result_KQGD = result_KGQD.transpose(1, 2)
+            result_KTGD[:, piece.start : piece.end] = result_KQGD[:, : piece.count]
         ctx.pieces, ctx.scaling = pieces, scaling
         ctx.save_for_backward(query_KTGD, key_KTD, value_KTD, *saved_weights)
         return result_KTGD
@@ -256,15 +275,30 @@ class _Attention(torch.autograd.Function):
         of_query = torch.empty_like(query_KTGD)
         # Several pieces contribute to the keys and values of a shared prefix.
         of_key, of_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key_KTD, value_KTD))
-        for piece, weights in zip(ctx.pieces, saved_weights, strict=True):
-            query, result = (tensor[:, piece.queries].flatten(1, 2) for tensor in (query_KTGD, result_KTGD))
-            of_weights = torch.bmm(result, _seen(value_KTD, piece).transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
-            of_piece = torch.bmm(of_scores, _seen(key_KTD, piece))
+        for piece, saved in zip_longest(ctx.pieces, saved_weights):
+            # Copied once here, instead of by every product.
+            query, result = (x[:, piece.queries].flatten(1, 2).contiguous() for x in (query_KTGD, result_KTGD))
+            key, value = (_seen(x, piece).contiguous() for x in (key_KTD, value_KTD))
+            weights = _weights(query, key, piece, ctx.scaling) if saved is None else saved
+            of_weights = torch.bmm(result, value.transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_piece = torch.bmm(of_scores, key)
             of_query[:, piece.start : piece.end] = of_piece.view_as(of_query[:, piece.queries])[:, : piece.count]
             _add(of_key, torch.bmm(of_scores.transpose(1, 2), query), piece)
             _add(of_value, torch.bmm(weights.transpose(1, 2), result), piece)
-        return of_query, of_key.to(key_KTD.dtype), of_value.to(value_KTD.dtype), None, None
+        of_query, of_key = of_query.mul_(ctx.scaling), of_key.mul_(ctx.scaling)
+        return of_query, of_key.to(key_KTD.dtype), of_value.to(value_KTD.dtype), None, None, None
+
+
+def _weights(query: Tensor, key: Tensor, piece: _Piece, scaling: float) -> Tensor:
+    """Softmax weights [K, Q * G, S] of queries [K, Q * G, D] and keys [K, S, D]; 0 for queries that are discarded, which
+    have no gradient."""
+    queries, groups, _ = piece.mask_QGS.shape
+    mask = piece.mask_QGS.flatten(0, 1).expand(len(query), -1, -1)
+    weights = torch.softmax(torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling), dim=-1)
+    if piece.count < queries:
+        weights[:, piece.count * groups :] = 0
+    return weights
 
 
 def _seen(tensor_KTD: Tensor, piece: _Piece) -> Tensor:

@@ -173,7 +173,7 @@ def dpo_cost(
         optimizer=config.optimizer,
         gradient_checkpointing=config.gradient_checkpointing,
         logits=_ppo_logit_bytes(setup) * round(chunk) * setup.shape.vocabulary,
-        attention="by_sequence" if setup.gpu is None else None,
+        attention="fused" if setup.gpu is None else None,
     )
     memory = with_allocator(memory, setup, "training")
     if pairs is None:
@@ -314,7 +314,7 @@ def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
         logits=_ppo_logit_bytes(setup)
         * round(min(SHARE_OF_ANSWERS * tokens, tokens_per_chunk(on_cpu=gpu is None)))
         * setup.shape.vocabulary,
-        attention="by_sequence" if gpu is None else None,
+        attention="fused" if gpu is None else None,
     )
     if gpu and gpu.count > 1:
         parts[BETWEEN_CARDS] = 4 * setup.trained_weights

@@ -37,10 +37,8 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
 
     def spy(start: Start, *args: Any, **kwargs: Any) -> Any:
-        model = start.model.eval()
-        with torch.no_grad():
-            weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-            seen.append((model(IDS).logits, weights))
+        weights = {name: p.detach().clone() for name, p in start.model.named_parameters()}
+        seen.append((plain_logits(start.model), weights))
         return publish_policy(start, *args, **kwargs)
 
     monkeypatch.setattr(train_module, "publish_policy", spy)
@@ -49,7 +47,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def plain_logits(model: Any) -> torch.Tensor:
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    plain.set_attn_implementation("eager")  # training on a CPU attends by sequence
+    plain.set_attn_implementation("eager")  # training on a CPU attends by sequence, which rounds differently
     with torch.no_grad():
         return model.eval()(IDS).logits
 

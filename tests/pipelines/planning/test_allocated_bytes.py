@@ -43,7 +43,7 @@ def model_of(kind: Any, tuning: Tuning, *, checkpointing: bool) -> Any:
     config.num_labels = 1
     config._attn_implementation = "sdpa"
     model: Any = kind(config).to(torch.bfloat16)
-    use_sequence_attention(model)
+    use_sequence_attention(model, trains_together=True)
     if tuning.method == "lora":
         model = attach_adapter(model, tuning, seed=0)
         model.enable_input_require_grads()

@@ -112,7 +112,7 @@ def _open_sft(case: Case, folder: Path) -> Steps:
     if case.method != "full":
         model = attach_adapter(model, tuning, seed=0)
     if model.device.type == "cpu":
-        use_sequence_attention(model)
+        use_sequence_attention(model, trains_together=True)
     _touched(model)
     chat_format = proved_start(base, tuning, None)[1]
     dialog = TokenizedExample(_ids(case.tokens), (True,) * case.tokens)
@@ -170,7 +170,7 @@ def _open_reward(case: Case, folder: Path) -> Steps:
     config = reward_config(case)
     start = build_reward_model(base_of(case, folder), tuning_of(case), policy=None, seed=0, device="auto")
     if start.device.type == "cpu":
-        use_sequence_attention(start.model)
+        use_sequence_attention(start.model, trains_together=True)
     _touched(start.model)
     ids = _ids(case.tokens)
     text = Message("assistant", "Nothing of it is read here.")

@@ -114,15 +114,19 @@ def rankings(one: Evaluation, other: Evaluation) -> tuple[list[int], list[int]]:
     """Ranks of both policies' answers in one order, the best highest; equal answers share a rank.
 
     Safe answers rank above unsafe ones, as the gate ranks the samples of a prompt; within each group the score on the
-    starting policy's scale decides, and a truncated answer has scoring.unfinished_score.
+    starting policy's scale decides, and a truncated answer has scoring.unfinished_score. The same answer to a prompt
+    has one rank, though its scores differ in the last bits when it is scored next to other answers.
     """
-    keys = [
+    keys, keys_of_other = (
         [(not is_unsafe, value) for is_unsafe, value in zip(each.unsafe, each.ranked, strict=True)]
         for each in (one, other)
-    ]
-    places = {key: place for place, key in enumerate(sorted({*keys[0], *keys[1]}))}
-    ours, theirs = ([places[key] for key in each] for each in keys)
-    return ours, theirs
+    )
+    answers, answers_of_other = (zip(each.texts, each.tokens, each.finished, strict=True) for each in (one, other))
+    for place, (answer, other_answer) in enumerate(zip(answers, answers_of_other, strict=True)):
+        if answer == other_answer:
+            keys[place] = keys_of_other[place]
+    ranks = {key: rank for rank, key in enumerate(sorted({*keys, *keys_of_other}))}
+    return [ranks[key] for key in keys], [ranks[key] for key in keys_of_other]
 
 
 def superiority_over(start: Evaluation, final: Evaluation) -> Difference:

@@ -131,7 +131,10 @@ def evaluated(
 ) -> Evaluation:
     """An evaluation of one answer to each prompt, of (helpfulness, safety, whether it ended)."""
     helpfulness, safety, finished = (list(values) for values in zip(*answers, strict=True))
-    responses = [answered(str(place), "x", is_finished=done) for place, done in enumerate(finished)]
+    responses = [
+        answered(str(place), f"{score:.1f}", is_finished=done)
+        for place, (score, done) in enumerate(zip(helpfulness, finished, strict=True))
+    ]
     scored = session_of(chat_format, helpfulness, safety).scorer.score(responses)
     scoring = Scoring(unfinished_score=-1.0, shaping=shaping)
     return evaluation_of(responses, scored, CONSTANTS, scoring=scoring)[0]
@@ -153,6 +156,14 @@ def test_an_unsafe_answer_never_ranks_above_a_safe_one_and_a_cut_one_counts_as_i
     figures = comparison("rs", start, final)
     assert figures["rs/test/difference/score"] > 0 and figures["rs/test/superiority"] == 0.25
     assert "ranks above the start's" in comparison_table("rs", figures)
+
+
+def test_the_same_answer_ties_with_itself_whatever_the_last_bits_of_its_scores_are(tiny_format: ChatFormat) -> None:
+    start = evaluated(tiny_format, [(1.0, 0.0, True), (2.0, 0.0, True)], "whiten_logit")
+    again = evaluated(tiny_format, [(1.0 + 1e-6, 0.0, True), (2.0, 0.0, True)], "whiten_logit")
+    assert again.ranked[0] > start.ranked[0] and again.texts == start.texts
+    assert rankings(again, start) == ([0, 1], [0, 1])
+    assert superiority_over(start, again).value == 0.5
     same = comparison_table("rs", comparison("rs", start, start))
     assert same == "on 2 test prompts the final policy gives the same answers as the starting one", (
         "no intervals of width 0"

@@ -18,7 +18,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.errors import ArtifactError
-from llamachat.models import nf4, scoring_head
+from llamachat.models import nf4, scoring_head, sequence_attention
 from llamachat.models.reward_model import (
     RewardModel,
     load_reward_model,
@@ -188,6 +188,35 @@ def test_attention_by_sequence_multiplies_matrices_of_few_shapes(tmp_path: Path,
         score_rows(start.model, [*((*prompt, *range(50, 50 + count)) for count in range(9, 41)), (7, 8)])
     assert shapes and all(size % 32 == 0 for shape in shapes for size in shape)
     assert len(shapes) <= 6
+
+
+def test_attention_by_sequence_is_nearer_to_exact_than_eager_attention_and_the_same_with_gradients():
+    """In bf16: a sequence of 50, one of 300, and a branch of 40 that sees the first 200 positions of the second one."""
+    torch.manual_seed(0)
+    positions = torch.cat([torch.arange(50), torch.arange(300), torch.arange(200, 240)]).unsqueeze(0)
+    total, width = positions.shape[1], 64
+    query, key, value = (torch.randn(1, heads, total, width).bfloat16() for heads in (4, 2, 2))
+    places = torch.arange(total)
+    sequence = (places >= 50).long()
+    seen = (sequence.unsqueeze(1) == sequence) & (places <= places.unsqueeze(1))
+    seen[350:, 250:350] = False  # the branch does not see the rest of its trunk
+
+    def eager(dtype: torch.dtype) -> torch.Tensor:
+        q, k, v = (part.repeat_interleave(4 // part.shape[1], dim=1).to(dtype) for part in (query, key, value))
+        scores = (q @ k.transpose(2, 3) / width**0.5).masked_fill(~seen, -torch.inf)
+        wide = dtype if dtype == torch.float64 else torch.float32
+        return (scores.softmax(-1, dtype=wide).to(dtype) @ v).transpose(1, 2).double()
+
+    def ours() -> torch.Tensor:
+        module = torch.nn.Module().eval()
+        return sequence_attention._attention(module, query, key, value, None, width**-0.5, position_ids=positions)[0]
+
+    exact = eager(torch.float64)
+    with torch.no_grad():
+        result = ours()
+    assert float((result - exact).norm()) < float((eager(torch.bfloat16) - exact).norm())
+    query.requires_grad_()
+    assert torch.equal(ours(), result)
 
 
 def test_gradients_of_a_packed_row_are_those_of_plain_transformers(tmp_path: Path, tiny_sentencepiece: bytes):

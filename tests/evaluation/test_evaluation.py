@@ -136,9 +136,8 @@ def test_figures_are_those_that_a_hand_works_out() -> None:
     trials = [Trial((f"Hi {number}", "So"), one) for number in range(4)]
     outcome = Outcome(kept={1: [True, True, True, False], 2: [False, None, True, False]}, answers={})
     first = measured("sft", evaluation([0.0, 1.0, 2.0, 3.0], [-1.0, 0.5, 1.0, -2.0], [10, 10, 10, 10]), ["no", "yes"])
-    other = measured(
-        "ppo", evaluation([0.5, 0.5, 2.05, 4.0], [1.0, 0.5, -1.0, 2.0], [10, 9, 5, 12]), ["no", "no"], outcome
-    )
+    answers = evaluation([0.5, 0.5, 2.05, 4.0], [1.0, 0.5, -1.0, 2.0], [10, 9, 5, 12])
+    other = measured("ppo", replace(answers, texts=["b a c", "b a d", "f", "b a"]), ["no", "no"], outcome)
     classifier: Any = SaysNo()
     figures = figures_of(other, first, trials, classifier=classifier, tie=0.1)
     # By the judge: +0.5 won, -0.5 lost, +0.05 tied, +1 won.

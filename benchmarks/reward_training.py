@@ -2,14 +2,18 @@
 
 Times whole optimizer steps (forward, backward, update) of `reward.ranking.PackedRewardTrainer` and of TRL's
 `RewardTrainer` with its own collator, on the same bundled helpfulness and safety pairs in their natural mix, with the
-bundled base, one dtype, full fine-tuning and no checkpointing. In each round every trainer gets the same pairs, in
-alternating order, so that other load on the machine affects all of them. Only prints; there is no pass or fail.
+bundled base, one dtype, full fine-tuning and no checkpointing. Ours runs as a step of the recipe does on this machine:
+on a CPU its rows are divided over one process per core (`--processes`). TRL has one process with all threads, as it
+comes. In each round every trainer gets the same pairs, in alternating order, so that other load on the machine affects
+all of them. Only prints; there is no pass or fail.
 """
 
 import argparse
+import json
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +27,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Prin
 from transformers.utils import logging as transformers_logging
 from trl import RewardConfig, RewardTrainer
 
+from benchmarks.workers.processes import Worker, count_of_a_step
+from llamachat import distributed
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.config.sections import Base, Data, DataSource, Tuning
@@ -51,6 +57,7 @@ class Clock(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        distributed.wait()
         self._started = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -64,16 +71,21 @@ class Contender:
     """One trainer and its results by round."""
 
     name: str
-    trainer_of: Callable[[Pairs], Any]  # creates a trainer for one optimizer step on these pairs
+    step: Callable[[range], float]  # seconds of an optimizer step on these pairs
     pairs_per_s: list[float] = field(default_factory=list)
 
-    def run(self, pairs: Pairs) -> None:
-        clock, trainer = Clock(), self.trainer_of(pairs)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(clock)
-        trainer.train()
-        (seconds,) = clock.seconds
-        self.pairs_per_s.append(len(pairs) / seconds)
+    def run(self, places: range) -> None:
+        self.pairs_per_s.append(len(places) / self.step(places))
+
+
+def seconds_of_step(trainer: Any) -> float:
+    """The seconds of the only optimizer step of this trainer."""
+    clock = Clock()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(clock)
+    trainer.train()
+    (seconds,) = clock.seconds
+    return seconds
 
 
 def load_pairs() -> list[PairExample]:
@@ -91,7 +103,29 @@ def load_pairs() -> list[PairExample]:
     return [pairs[index] for index in epoch_order(len(pairs), 1, 0)]
 
 
-def ours(base: Base, scratch: Path) -> Contender:
+def ours(options: argparse.Namespace) -> Contender:
+    """Our trainer in its own processes (`work`)."""
+    command = [sys.executable, "-m", "benchmarks.reward_training", "--worker", "--dtype", options.dtype]
+    worker = Worker(command, {**os.environ, "PYTHONPATH": str(ROOT)} | distributed.KEEP_FREED_MEMORY, options.processes)
+
+    def step(places: range) -> float:
+        return max(answer["seconds"] for answer in worker.ask({"start": places.start, "stop": places.stop}))
+
+    return Contender(f"llamachat, packed rows, {options.processes} process(es)", step)
+
+
+def work(base: Base) -> None:
+    """The other side of `Worker`: one of our optimizer steps for each line."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    with distributed.opened(), tempfile.TemporaryDirectory() as scratch:
+        pairs, trainer_of = load_pairs(), our_trainers(base, Path(scratch))
+        for line in sys.stdin:
+            request = json.loads(line)
+            seconds = seconds_of_step(trainer_of(pairs[request["start"] : request["stop"]]))
+            print(json.dumps({"seconds": seconds}), file=answers, flush=True)
+
+
+def our_trainers(base: Base, scratch: Path) -> Callable[[Pairs], Any]:
     """The training of `reward.train`, without evaluations."""
     start = build_reward_model(base, Tuning(), policy=None, seed=0, device="auto")
     by_sequence = start.device.type == "cpu"
@@ -126,10 +160,10 @@ def ours(base: Base, scratch: Path) -> Contender:
             watch=Watch([0], names=ranking.names, on_log=lambda *_: None, on_step=lambda _: None),
         )
 
-    return Contender("llamachat, packed rows", trainer_of)
+    return trainer_of
 
 
-def plain_trl(base: Base, scratch: Path, *, rows: int, attention: str) -> Contender:
+def plain_trl(base: Base, pairs: Pairs, scratch: Path, *, rows: int, attention: str) -> Contender:
     """TRL as documented: token ids in, its own collator, `rows` pairs per device batch."""
     model = AutoModelForSequenceClassification.from_pretrained(
         str(BASE), num_labels=1, dtype=getattr(torch, base.dtype), attn_implementation=attention
@@ -140,11 +174,11 @@ def plain_trl(base: Base, scratch: Path, *, rows: int, attention: str) -> Conten
     without_checkpointing: dict[str, Any] = {CHECKPOINTING: False}
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def trainer_of(pairs: Pairs) -> Any:
+    def step(places: range) -> float:
         arguments = RewardConfig(
             output_dir=str(scratch),
             per_device_train_batch_size=rows,
-            gradient_accumulation_steps=len(pairs) // rows,
+            gradient_accumulation_steps=len(places) // rows,
             max_steps=1,
             learning_rate=RATE,
             max_length=MAX_TOKENS,
@@ -157,13 +191,15 @@ def plain_trl(base: Base, scratch: Path, *, rows: int, attention: str) -> Conten
         )
         columns = [
             {"chosen_ids": list(pair.chosen), "rejected_ids": list(pair.rejected), "margin": pair.margin}
-            for pair in pairs
+            for pair in pairs[places.start : places.stop]
         ]
-        return RewardTrainer(
-            model=model, args=arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer
+        return seconds_of_step(
+            RewardTrainer(
+                model=model, args=arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer
+            )
         )
 
-    return Contender(f"TRL, {rows} pairs a batch, {attention}", trainer_of)
+    return Contender(f"TRL, {rows} pairs a batch, {attention}", step)
 
 
 def report(contenders: Sequence[Contender]) -> str:
@@ -183,6 +219,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="Time to measure; at least two rounds are done.")
     parser.add_argument("--pairs", type=int, default=32, help="Pairs of an optimizer step, a multiple of 32.")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="Number format.")
+    parser.add_argument("--processes", type=int, default=count_of_a_step(), help="Processes that share our step.")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     transformers_logging.set_verbosity_error()
@@ -190,22 +228,25 @@ def main() -> None:
     disable_progress_bars()
     logging.disable(logging.WARNING)
     base = Base(model=str(BASE), dtype=options.dtype, attention="eager", max_tokens=MAX_TOKENS)
+    if options.worker:
+        work(base)
+        return
     pairs = load_pairs()
     with tempfile.TemporaryDirectory() as name:
         contenders = [
-            ours(base, Path(name)),
-            *(plain_trl(base, Path(name), rows=rows, attention="sdpa") for rows in (8, 16, 32)),
-            plain_trl(base, Path(name), rows=8, attention="eager"),
+            ours(options),
+            *(plain_trl(base, pairs, Path(name), rows=rows, attention="sdpa") for rows in (8, 16, 32)),
+            plain_trl(base, pairs, Path(name), rows=8, attention="eager"),
         ]
         for contender in contenders:  # the first pass selects kernels and allocates memory
-            contender.run(pairs[-options.pairs :])
+            contender.run(range(len(pairs) - options.pairs, len(pairs)))
             contender.pairs_per_s.clear()
         started, done = time.monotonic(), 0
         most = len(pairs) // options.pairs - 1
         while done < most and (done < 2 or time.monotonic() - started < options.seconds):
-            part = pairs[done * options.pairs : (done + 1) * options.pairs]
+            places = range(done * options.pairs, (done + 1) * options.pairs)
             for contender in contenders if done % 2 == 0 else reversed(contenders):
-                contender.run(part)
+                contender.run(places)
             done += 1
     place = "a GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     print(f"{done} rounds of {options.pairs} pairs, {options.dtype}, {place}, torch {torch.__version__}")

@@ -1,13 +1,17 @@
 """Compare packed with padded rows in supervised fine-tuning: `python benchmarks/sft_packing.py`, or `make bench`.
 
 Times forward and backward of the training loss (`sft.loss.answer_token_losses`) on bundled dialogs with the bundled
-base, without optimizer updates. Each step's dialogs run through every layout in turn, so that other load on the machine
-affects all of them. Tokens are those of the dialogs, without padding. Only prints; there is no pass or fail.
+base, without optimizer updates. On a CPU a step's dialogs are divided over one process per core, in every layout, as a
+step of the recipe divides them (`--processes`). Each step's dialogs run through every layout in turn, so that other load
+on the machine affects all of them. Tokens are those of the dialogs, without padding. Only prints; there is no pass or
+fail.
 """
 
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +21,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from benchmarks.workers.processes import count_of_a_step, environments
+from llamachat import distributed
 from llamachat.chat_format import TokenizedExample, TrainOn
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.config.sections import Base, Data, DataSource
-from llamachat.data.packing import collate_packed, collate_padded, pack, plan_steps
+from llamachat.data.packing import collate_packed, collate_padded, pack_evenly, plan_steps
 from llamachat.models.loading import load_base
 from llamachat.models.sequence_attention import use_sequence_attention
+from sft.config import CPU_ROW_TOKENS
 from sft.examples import load_examples
 from sft.loss import SHAPE_MULTIPLE, answer_token_losses
 
@@ -50,16 +57,17 @@ class Layout:
     nats: float = 0.0  # sum of losses, equal for all layouts up to rounding
 
     def run(self, dialogs: Sequence[TokenizedExample]) -> None:
-        """Run one step, timed from the first forward pass to the last gradient."""
+        """Run one step, timed from the first forward pass to the last gradient of all processes."""
         model = self.model
         batches, loss_tokens = self.batches_of(dialogs), sum(sum(dialog.loss_mask[1:]) for dialog in dialogs)
         total = torch.zeros((), device=model.device, dtype=torch.float64)
+        distributed.wait()
         started = time.perf_counter()
-        for batch in batches:
+        for batch in distributed.shard(batches):
             losses = answer_token_losses(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
             (losses.sum() / loss_tokens).backward()
             total += losses.detach().sum(dtype=torch.float64)
-        self.nats += float(total)  # synchronises the device
+        self.nats += float(distributed.all_reduce_sum(total))  # synchronises device and processes
         self.tokens_per_s.append(num_tokens(dialogs) / (time.perf_counter() - started))
         self.positions += sum(batch["input_ids"].numel() for batch in batches)
         model.zero_grad(set_to_none=True)
@@ -91,7 +99,7 @@ def load_steps(count: int, seed: int) -> list[list[TokenizedExample]]:
 
 def packed(dialogs: Sequence[TokenizedExample], row_tokens: int) -> list[Batch]:
     """Packed rows of up to `row_tokens` tokens; one row per batch, as in training."""
-    rows = pack([len(dialog.input_ids) for dialog in dialogs], row_tokens)
+    rows = pack_evenly([len(dialog.input_ids) for dialog in dialogs], row_tokens, shares=distributed.count())
     return [collate_packed([dialogs[index] for index in row], multiple_of=SHAPE_MULTIPLE) for row in rows]
 
 
@@ -119,8 +127,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tokens a second of packed rows against padding.")
     parser.add_argument("--seconds", type=float, default=60.0, help="Time to measure; at least two steps are done.")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="Number format.")
+    parser.add_argument("--processes", type=int, default=count_of_a_step(), help="Processes that share a step.")
     options = parser.parse_args()
+    if options.processes > 1 and not distributed.are_launched():
+        command = [sys.executable, "-m", "benchmarks.sft_packing", *sys.argv[1:]]
+        ranks = environments(options.processes)
+        started = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)} | rank) for rank in ranks]
+        raise SystemExit(max(process.wait() for process in started))
+    with distributed.opened():
+        measure(options)
 
+
+def measure(options: argparse.Namespace) -> None:
+    """Run the layouts in turn and print their speed."""
     base = Base(model=str(BASE), dtype=options.dtype, max_tokens=MAX_TOKENS)
     model, packing = (load_base(base, device="auto").train() for _ in range(2))
     if packing.device.type == "cpu":  # as in training
@@ -128,18 +147,25 @@ def main() -> None:
     steps = load_steps(MOST_STEPS, seed=0)
     layouts = [
         Layout(BASELINE, model, lambda dialogs: padded(dialogs, 8)),
-        Layout("packed rows of 512 tokens", packing, lambda dialogs: packed(dialogs, 512)),
-        Layout("packed rows of 1024 tokens", packing, lambda dialogs: packed(dialogs, 1024)),
+        Layout("packed rows of up to 512 tokens", packing, lambda dialogs: packed(dialogs, 512)),
+        Layout(
+            f"packed rows of up to {CPU_ROW_TOKENS} tokens", packing, lambda dialogs: packed(dialogs, CPU_ROW_TOKENS)
+        ),
     ]
-    place = f"{model.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {options.dtype}"
-    print(f"{model.num_parameters() / 1e6:.1f} M parameters, {place}, torch {torch.__version__}")
     for layout in layouts:  # the first pass selects kernels and allocates memory
         Layout(layout.name, layout.model, layout.batches_of).run(steps[0])
     started, done = time.monotonic(), 0
-    while done < len(steps) and (done < 2 or time.monotonic() - started < options.seconds):
+    while done < len(steps) and distributed.broadcast_object(done < 2 or time.monotonic() - started < options.seconds):
         for layout in layouts if done % 2 == 0 else reversed(layouts):
             layout.run(steps[done])
         done += 1
+    if not distributed.is_first():
+        return
+    threads = f"{distributed.count()} process(es) with {torch.get_num_threads()} thread(s), {os.cpu_count()} cores"
+    print(
+        f"{model.num_parameters() / 1e6:.1f} M parameters, {model.device}, {threads}, {options.dtype}, "
+        f"torch {torch.__version__}"
+    )
     dialogs = [dialog for step in steps[:done] for dialog in step]
     answer_tokens = sum(sum(dialog.loss_mask[1:]) for dialog in dialogs)
     tokens = num_tokens(dialogs)

@@ -106,7 +106,7 @@ def load_pairs() -> list[PairExample]:
 def ours(options: argparse.Namespace) -> Contender:
     """Our trainer in its own processes (`work`)."""
     command = [sys.executable, "-m", "benchmarks.reward_training", "--worker", "--dtype", options.dtype]
-    worker = Worker(command, {**os.environ, "PYTHONPATH": str(ROOT)} | distributed.KEEP_FREED_MEMORY, options.processes)
+    worker = Worker(command, {**os.environ, "PYTHONPATH": str(ROOT)}, options.processes)
 
     def step(places: range) -> float:
         return max(answer["seconds"] for answer in worker.ask({"start": places.start, "stop": places.stop}))

@@ -6,6 +6,8 @@ import socket
 import subprocess
 from typing import Any
 
+from llamachat.distributed import KEEP_FREED_MEMORY
+
 MOST = 4  # as of a step (pipelines.planning.side_by_side)
 
 
@@ -56,11 +58,11 @@ def count_of_a_step() -> int:
 
 
 def environments(count: int) -> list[dict[str, str]]:
-    """What each of `count` processes needs in its environment to meet the others; nothing for a single one."""
+    """What each of `count` processes has in its environment, as those of a step; nothing for a single one."""
     if count == 1:
         return [{}]
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": str(count)}
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}
-    return [place | threads | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [KEEP_FREED_MEMORY | place | threads | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]

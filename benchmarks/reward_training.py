@@ -2,8 +2,8 @@
 
 Times whole optimizer steps (forward, backward, update) of `reward.ranking.PackedRewardTrainer` and of TRL's
 `RewardTrainer` with its own collator, on the same bundled helpfulness and safety pairs in their natural mix, with the
-bundled base, one dtype, full fine-tuning and no checkpointing. Ours runs as a step of the recipe does on this machine:
-on a CPU its rows are divided over one process per core (`--processes`). TRL has one process with all threads, as it
+bundled base, one dtype, full fine-tuning and no checkpointing. Ours runs as a step that runs alone does: on a CPU its
+rows are divided over one process per core (`--processes`). TRL has one process with all threads, as it
 comes. In each round every trainer gets the same pairs, in alternating order, so that other load on the machine affects
 all of them. Only prints; there is no pass or fail.
 """
